@@ -191,6 +191,18 @@ def test_a_name_that_no_key_has_is_an_error_and_no_common_name_is_used(folder, n
     assert reason in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["coco", "folder"])
+def test_a_named_key_of_a_format_with_fixed_keys_is_reported(folder, capsys, kind):
+    coco = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    coco_file, text_file = folder / "x.json", folder / "images/1.txt"
+    (coco_file if kind == "coco" else text_file).write_text(json.dumps(coco) if kind == "coco" else "a")
+    source = coco_file if kind == "coco" else folder / "images"
+    assert [one[3] for one in read(source, on_bad_data="skip", keys=Keys(text="words", answer="b"))] == ["a"]
+    assert f"--text-key, --answer-key has no effect: the keys of {kind} are fixed" in capsys.readouterr().out
+    read(source, on_bad_data="skip")
+    assert "no effect" not in capsys.readouterr().out
+
+
 def test_lines_with_captions_and_lines_with_questions_may_have_different_named_keys(folder):
     lines = [{"pic": "1.png", "cap": "a"}, {"pic": "1.png", "ask": "q?", "label": "b"}]
     path = write(folder / "x.jsonl", lines)
@@ -224,7 +236,7 @@ def test_files_that_differ_only_in_the_split_are_one_data_set(folder, kind):
 def test_files_of_two_data_sets_are_not_mixed(folder):
     for name in ("train.jsonl", "notes_test.jsonl"):
         write(folder / name, [{"image": "images/1.png", "caption": "a"}])
-    with pytest.raises(DataError, match="in class folders, without captions"):
+    with pytest.raises(DataError, match="2 images without captions; write"):
         annotations.read(folder)
 
 

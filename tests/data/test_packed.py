@@ -227,6 +227,18 @@ def test_img2dataset_s_shards_are_unpacked(run, tmp_path, capsys):
         annotations.read(tmp_path / "set" / "00000.tar")
 
 
+def test_the_caption_of_a_shard_can_have_a_named_key(run, tmp_path):
+    metadata = json.dumps({"caption": "alt", "long": "written"}).encode()
+    path = tar_of(tmp_path / "a.tar", {"000.png": png(1), "000.txt": b"alt", "000.json": metadata})
+    assert pairs(run(path)["train"]) == [(1, "alt")]
+    assert pairs(run(path, text_key="long")["train"]) == [(1, "written")]
+    with pytest.raises(DataError, match=r"it has no 'logn'; its keys are 'caption', 'long'; did you mean --text-key \"long\""):
+        run(path, text_key="logn")
+    bare = tar_of(tmp_path / "b.tar", {"000.png": png(1), "000.txt": b"alt"})
+    with pytest.raises(DataError, match=r"it has no caption: the shard contains no \.json file of the same name"):
+        run(bare, text_key="long")
+
+
 def test_a_damaged_shard_is_an_error_that_names_the_last_good_sample(run, tmp_path):
     path = tar_of(tmp_path / "a.tar", {"000.png": png(1), "000.txt": b"one", "001.png": png(2), "001.txt": b"two" * 200})
     os.truncate(path, 512 * 6 + 100)

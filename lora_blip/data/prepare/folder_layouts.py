@@ -190,7 +190,7 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
             f"template = {template!r}: the images are in several folders and would all have this caption; give a template with "
             f'{CLASS}, the name of the folder, or {NAME}, the name of the file: --template "{TEMPLATE}"'
         )
-    if not layout.class_folders:
+    if not layout.class_folders or one_folder:
         name, sks = (f'{prepare} --template "{each}"' for each in (NAME, "a photo of sks dog"))
         raise DataError(
             f"{folder} has {counted(len(layout.images), 'image')} without captions; write each caption to a text file next "

@@ -155,8 +155,11 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
 # ---------------------------------------------------------------- tar shards
 
 
-def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:  # noqa: ARG001  # one signature for all
-    """Yield an entry for each image of a tar shard, such as 000000017.jpg, with its caption in 000000017.txt or .json."""
+def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
+    """Yield an entry for each image of a tar shard, such as 000000017.jpg, with its caption in 000000017.txt or .json.
+
+    keys: only its name of the text is used. It is a key of the .json file.
+    """
     make_folder(target)
     last = ""
     try:
@@ -164,7 +167,7 @@ def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:  #
             size = os.fstat(file.fileno()).st_size
             for key, members in groupby(_members(archive, size), lambda member: member.name.rpartition(".")[0]):
                 files = {member.name.rpartition(".")[2].lower(): member for member in members}
-                yield key, _sample(archive, files, target)
+                yield key, _sample(archive, files, target, keys.text)
                 last = key
     except FileError:
         raise  # an image could not be written
@@ -183,20 +186,26 @@ def _members(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
             yield info
 
 
-def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target: Path) -> Entry | str:
-    """Return the entry of a sample, or the reason why it has none. files: {suffix: member} of the members with one name."""
+def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target: Path, text_key: str) -> Entry | str:
+    """Return the entry of a sample, or the reason why it has none. files: {suffix: member} of the members with one name.
+
+    text_key: the key of the caption in the .json file; "": the .txt file, or a common key.
+    """
     image = next((suffix for suffix, info in files.items() if is_picture(info.name.rpartition("/")[2], lambda: b"")), "")
     if not image:
         return LeftOut("this sample has no image: img2dataset did not download it")
-    caption = next((suffix for suffix in ("txt", "caption", "json") if suffix in files), "")
+    caption = next((suffix for suffix in (("json",) if text_key else ("txt", "caption", "json")) if suffix in files), "")
     if not caption:
-        return "it has no caption: the shard contains no .txt file of the same name"
+        return f"it has no caption: the shard contains no .{'json' if text_key else 'txt'} file of the same name"
     if files[caption].size > LONGEST or not 0 < files[image].size <= LARGEST_FILE:
         return TOO_LONG if files[caption].size > LONGEST else f"its image has {counted(files[image].size, 'byte')}"
     text: Any = _content(archive, files[caption]).decode(errors="surrogateescape")
     if caption == "json":
         metadata = parsed(text)
-        text = metadata.get(first_key(metadata, ("caption", *TEXT_KEYS)) or "caption") if isinstance(metadata, dict) else None
+        metadata = metadata if isinstance(metadata, dict) else {}
+        if text_key and (reason := unknown_name(metadata, {"text": text_key})):
+            return reason
+        text = metadata.get(text_key or first_key(metadata, ("caption", *TEXT_KEYS)) or "caption")
     content = _content(archive, files[image])
     path = target.absolute() / f"{hashlib.sha256(content).hexdigest()[:24]}.{image}"
     if not path.exists() or path.stat().st_size != len(content):

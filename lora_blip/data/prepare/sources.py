@@ -34,6 +34,7 @@ from lora_blip.errors import DataError
 
 USER_FORMATS = ("jsonl", "tsv", "csv", "xlsx", "folder")  # the user wrote the file and can fix it; other files are downloaded
 PUBLISHED = ("vqa", "karpathy", "flickr8k", "flickr30k", "textcaps")  # data sets whose downloads may lack images
+WITH_KEYS = ("jsonl", "json", "llava", "tsv", "csv", "xlsx", "parquet", "shard")  # the user can name their keys or columns
 SHOWN = 5  # files in a message
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "|"}
 
@@ -57,7 +58,7 @@ class Source:
     keys: Keys = NO_KEYS
 
     def describe(self, entries: int, root: Path) -> list[str]:
-        """Return texts for the table of what was read: format, delimiter, folder of the images, and encoding if not UTF-8.
+        """Return texts for the table of what was read: format, delimiter, folder of the images, encoding, unused flags.
 
         entries: number of its entries. root: the folder of the images.
         """
@@ -67,7 +68,9 @@ class Source:
             encoding, note = formats.describe_encoding(self.path, is_table)
             delimiter = table_delimiter(self.path, self.format, encoding, self.keys) if is_table else ""
             format_text += f", {DELIMITERS[delimiter]} between columns" if delimiter else ""
-        return [source_line(self.path, entries, format_text, root), *filter(None, [note])]
+        flags = ", ".join(f"--{'answer' if ours == 'answers' else ours}-key" for ours in self.keys.named)
+        unused = f"{flags} has no effect: the keys of {self.format} are fixed" * bool(flags and self.format not in WITH_KEYS)
+        return [source_line(self.path, entries, format_text, root), *filter(None, [note, unused])]
 
     def split_entries(self) -> Iterator[Located]:
         """Yield the entries. An entry without a split gets the split of the file, if it has one."""
@@ -128,7 +131,8 @@ def find_sources(
     if not sources and not folders:
         raise DataError(f"{source} has VQAv2's answers, but no questions; give both: {flag} questions.json,annotations.json")
     splits = splits_of_files([one.path for one in sources])
-    return folders + [replace(one, split=one.split or splits.get(one.path, "")) for one in sources]
+    sources = folders + [replace(one, split=one.split or splits.get(one.path, "")) for one in sources]
+    return [replace(one, keys=keys) for one in sources]
 
 
 def _layout_source(folder: Path, requested: str, template: str, flag: str) -> Source | None:
@@ -161,9 +165,10 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
         return Source(path, file_format, lambda: by_folder(TABLES[file_format](path, keys)), folder, keys=keys)
     if file_format in LINES:
         lines = partial(LINES[file_format], path, **raw)
-        return Source(path, file_format, lambda: by_folder(with_our_keys(lines, keys, **raw)), folder, keys=keys)
+        return Source(path, file_format, lambda: by_folder(with_our_keys(lines, keys) if raw else lines()), folder, keys=keys)
     if file_format in DOCUMENTS:
-        entries = partial(with_our_keys, partial(DOCUMENTS[file_format], path, document, **raw), keys, **raw)
+        entries = partial(DOCUMENTS[file_format], path, document, **raw)
+        entries = partial(with_our_keys, entries, keys) if raw else entries
         return Source(path, file_format, entries, split if file_format == "coco" else "")
     subset = published.subset_of(path, document)
     matching = [other for other in answer_files if published.subset_of(other, answer_files[other]) == subset]
@@ -179,21 +184,21 @@ def _unpacked_source(source: str, one: Source) -> Source:
         return one
     raw = bool(one.keys.named)
     lines = partial(formats.jsonl_entries, one.path, LONGEST, raw) if one.format == "jsonl" else None
-    entries = partial(with_our_keys, lines, one.keys, raw) if lines else one.entries
+    entries = partial(with_our_keys, lines, one.keys) if lines and raw else lines or one.entries
     return replace(one, entries=partial(refuse_packed, source), unpack=lambda target: unpacked(entries(), target))
 
 
-def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys, raw: bool = False) -> Iterator[Located]:
-    """Yield the entries with the keys image, text, question and answers in place of the names in `keys`.
+def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
+    """Yield entries that have the keys of a file with image, text, question and answers in place of the names in `keys`.
 
-    raw: whether the entries have the keys of the file, so that a name in `keys` that no key has is an error.
+    An entry without a key that the user names is replaced by a reason.
     """
     named = {name: ours for ours, name in keys.named.items()}
     for at, entry in entries():
-        if not named or not isinstance(entry, dict):
+        if not isinstance(entry, dict):
             yield at, entry
             continue
-        if raw and (reason := unknown_name(entry, keys.named)):
+        if reason := unknown_name(entry, keys.named):
             yield at, reason
             continue
         entry = {key: value for key, value in entry.items() if key not in named.values()} | {
