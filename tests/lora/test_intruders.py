@@ -59,6 +59,42 @@ def test_clear_cases_need_no_complete_svd(monkeypatch: pytest.MonkeyPatch, shape
     assert count_intruders(W, *update(shape, 0.0)) == 0
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_flat_spectrum_needs_not_all_vectors(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    W, real = weight(shape, "flat"), torch.linalg.eigh
+
+    def small(matrix: Tensor) -> Any:
+        assert matrix.shape[-1] < min(shape), "all vectors of W"
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", small)
+    assert count_intruders(W, *update(shape, 1e-5)) == 0
+    A, B = update(shape, 10.0)
+    assert count_intruders(W, A, B, k=8) == 8
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("kind", ["flat", "decaying", "few"])
+def test_the_bound_of_the_cosines_is_never_too_small(shape: tuple[int, int], kind: str) -> None:
+    """For random vectors, for W's own vectors, and for mixtures of a few of them. For random vectors, it is below 0.5."""
+    W = weight(shape, "flat" if kind == "few" else kind)
+    U, S, V = torch.linalg.svd(W.double(), full_matrices=False)
+    if kind == "few":  # many equal singular values
+        S = S[0] * torch.tensor([1.0, 0.9, 0.8, 0.3])[torch.arange(len(S)) * 4 // len(S)]
+    generator = torch.Generator().manual_seed(3)
+    random = torch.randn(shape[0], 4, generator=generator, dtype=torch.float64)
+    mixed = U[:, :6] @ torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    weak = U[:, -6:] @ torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    u = torch.cat([random, mixed, weak, U[:, [0, 1, 40, -1]], mixed[:, :1] + 3 * weak[:, :1]], 1)
+    u, W = u / u.norm(dim=0), (U * S @ V).float()
+    tall = shape[0] > shape[1]
+    G, left = (W.T @ W, W.T @ u.float()) if tall else (W @ W.T, u.float())
+    bound, cosines = intruders.largest_cosines(G, left, tall), (U.T @ u).abs().amax(0)
+    assert (bound > cosines - 1e-3).all()
+    if kind == "flat":
+        assert (bound[:4] < 0.48).all()
+
+
 def test_unclear_cases_are_decided_by_the_complete_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A W with equal singular values, a value near epsilon, more vectors than a block, and a W of zeros."""
     calls = []
