@@ -128,7 +128,7 @@ def krylov(G: Tensor, guess: Tensor, count: int) -> Vectors | None:
             image = image - (image @ basis[:end].T) @ basis[:end]
         q, r = torch.linalg.qr(image.T)
         if end >= check:
-            check = end * GROWTH
+            check = int(end * GROWTH)
             values, ritz = torch.linalg.eigh(projected[:end, :end])
             values, ritz = values.flip(0), ritz.flip(1)[:, :count]
             errors = ((r @ ritz[-BLOCK:]).norm(dim=0) + rounding * values[0]) / gaps(values)[:count]
