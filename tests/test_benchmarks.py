@@ -257,6 +257,26 @@ def test_the_picture_of_the_docs_shows_the_ranges_of_the_readme_over_the_machine
     assert bars.draw_ranges(ranges, tmp_path / "speed.png").stat().st_size > 1000
 
 
+def test_the_other_rows_of_the_docs_are_those_of_the_result_file() -> None:
+    result = json.loads((bars.PAGE.parent.parent / "benchmarks/results/amd-epyc-2-cores_2026-11-29_2.json").read_text())
+    medians = {
+        (cell["setting"], name): round(ratio["median"], 2) for cell in result["cells"] for name, ratio in cell["ratios"].items()
+    }
+    page, epochs = bars.PAGE.read_text(encoding="utf-8"), (f"{OURS}, first epoch", f"{OURS}, later epochs")
+    for setting, count in {"text": 3, "vit[8:12]": 1, "qformer": 1}.items():
+        cells = [key for key, name in medians if key.endswith(f"adapters on {setting}") and name == epochs[0]]
+        assert len(cells) == count
+        for cell in cells:
+            assert ", ".join(f"{medians[cell, name]:.2f}" for name in epochs) in page, cell
+    merged = f"{OURS}, merged"
+    for label, cells in {
+        "20 tokens by a merged BLIP base, greedy; `transformers`": [(f"base {p}, beams: 1", merged) for p in ("fp32", "bf16")],
+        "an adapter file → merged weights, BLIP large": [("large fp32, load and merge", OURS)],
+        "an adapter file → merged weights, BLIP base": [("base fp32, load and merge", OURS)],
+    }.items():
+        assert f"| {label} | " + " | ".join(f"{medians[cell]:.2f}" for cell in cells) in page, label
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "int8", "nf4"])
 def test_the_memory_of_a_model_without_weights_is_that_of_the_loaded_model(dtype, tmp_path, monkeypatch):
     """Weights and adapters have the same bytes. What autograd keeps differs by at most 5 %, without the kernels of oneDNN."""
