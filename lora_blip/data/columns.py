@@ -62,7 +62,9 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
         """Return the share of cells that are names of images, and the mean number of letters."""
         cells = [row[column].strip() for row in below]
         images = sum(bool(IMAGE_NAME.fullmatch(cell)) for cell in cells)
-        letters = sum(not INTEGER.fullmatch(cell) and len(re.sub(r"[^\w ]|\d", "", cell)) for cell in cells)
+        letters = sum(
+            len(re.sub(r"[^\w ]|\d", "", cell)) for cell in cells if not INTEGER.fullmatch(cell) and not _is_json(cell)
+        )
         return images / max(len(cells), 1), letters / max(len(cells), 1)
 
     def best(ours: str, columns: Sequence[int], part: int) -> int:
@@ -76,8 +78,15 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
     if question >= 0 and len(others) > 1 and "text" not in keys:
         pairs += [("question", question), ("answers", best("answers", [each for each in others if each != question], 1))]
     else:
-        pairs.append(("text", best("text", others, 1)))
-    return " ".join(_flag(ours, header[column]) for ours, column in pairs if ours not in keys)
+        text = best("text", others, 1)
+        objects = any(_is_json(row[column].strip()) for row in below for column in others)
+        pairs.append(("text", -1 if objects and not share(text)[1] else text))
+    return " ".join(_flag(ours, header[column] if column >= 0 else "COLUMN") for ours, column in pairs if ours not in keys)
+
+
+def _is_json(cell: str) -> bool:
+    """Return True for a cell that looks like an object or a list of JSON, which is not a text to learn."""
+    return cell.startswith(("{", "["))
 
 
 def _asks(column: int, below: Sequence[Sequence[str]]) -> bool:

@@ -72,10 +72,15 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     without these keys is valid too.
     """
     rest = dict(entry)
-    image = _take(rest, IMAGE_KEYS)
+    key = first_key(entry, IMAGE_KEYS)
+    image = _path_in(_take(rest, IMAGE_KEYS))
+    if key is None:
+        return (
+            f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path{_keys_to_name(rest, no_image=True)}"
+        )
     if not isinstance(image, str) or not image.strip():
-        keys = _keys_to_name(rest, no_image=True) if image is None else ""
-        return f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path{keys}"
+        value = "null" if image is None else quoted(image) if image != "" else "empty"
+        return f"no image: {quoted(key)} is {value}; expected the path of an image"
     if not is_path(image):
         corrected = image.translate(LETTERS)
         if corrected != image and "\n\n" not in image and is_path(corrected):
@@ -89,12 +94,22 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     return NOT_UTF8 if _has_surrogates(result) else result
 
 
+def _path_in(image: object) -> object:
+    """Return the path in {"bytes": null, "path": "1.jpg"}, as `datasets` writes it, or the value unchanged."""
+    if isinstance(image, dict) and image.get("bytes") is None:
+        key = first_key(image, IMAGE_KEYS)
+        return image[key] if key and isinstance(image[key], str) else image
+    return image
+
+
 def _caption(rest: Entry) -> Entry:
     """Remove the text from `rest`, and return {"text": …}. Raise _ValueError if it is missing or invalid."""
     if rest.keys().isdisjoint(TEXT_KEYS):
         keys = _keys_to_name(rest, no_image=False)
         raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS[:2])}, or question and answers{keys}")
-    return {"text": _tidied("text", _take(rest, TEXT_KEYS))}
+    text = _take(rest, TEXT_KEYS)
+    inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
+    return {"text": _tidied("text", text[inside] if inside else text)}
 
 
 def _keys_to_name(rest: Entry, no_image: bool) -> str:

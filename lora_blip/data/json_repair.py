@@ -32,9 +32,12 @@ def corrected_reason(text: str, error: ValueError, line: int = 1) -> str:
     corrected = _corrected(text)
     if not _is_valid(corrected):
         return ""
-    changed = [new for old, new in zip(_lines(text), _lines(corrected), strict=True) if old != new]
+    pairs = zip(_lines(text), _lines(corrected), strict=True)
+    changed = [(number, new) for number, (old, new) in enumerate(pairs, 1) if old != new]
+    number, new = changed[0]
     others = f" (and correct {counted(len(changed) - 1, 'other line')} in the same way)" if len(changed) > 1 else ""
-    return f"it is not valid JSON ({error}); write{others}: {pasteable(changed[0])}"
+    place = f" in line {number}" if number != line else ""  # the fault may be a comma at the end of an earlier line
+    return f"it is not valid JSON ({error}); write{place}{others}: {pasteable(new)}"
 
 
 def rename_command(path: Path, reasons: Iterable[str]) -> str:

@@ -140,6 +140,9 @@ def _names(header: list[str]) -> list[str]:
     return [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in header]
 
 
+VIA_TABLE = "this is a table of VIA, whose texts are inside JSON; in VIA, export the annotations as JSON, and give this file"
+
+
 def is_header(cells: Iterable[str]) -> bool:
     """Return True if the cells contain a known name for the image, and one for the text or the question."""
     names = set(_names(list(cells)))
@@ -181,7 +184,7 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
             )
         raise DataError(
             f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{described(header, below)}\n"
-            f"name the columns: {flags(header, result, below)}"
+            + (VIA_TABLE if "file_attributes" in result else f"name the columns: {flags(header, result, below)}")
         )
     return result
 

@@ -1,5 +1,7 @@
 """Read the sheet of an Excel workbook (.xlsx) that has the images and texts, if openpyxl is installed."""
 
+import functools
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,12 +15,16 @@ from lora_blip.data.tables import Row, entries_of_rows, is_header
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import shorten
 
+Merged = dict[int, dict[int, int]]  # row → {column: last row} of the cells that are merged over several rows
+
 SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx, and of .xls
 LARGEST = 2**30  # largest number of bytes of the unpacked workbook
 MOST_COLUMNS = 1000  # largest number of columns that are read
 MOST_SHEETS = 100  # largest number of sheets whose first rows are compared
 MOST_TITLES = 20  # largest number of rows of a title above a table
 FIRST_ROWS = 10  # rows of a sheet that are searched for the name of an image
+MOST_MERGED = 100_000  # largest number of merged cells that are read
+MERGED = re.compile(rb'<(?:\w+:)?mergeCell [^>]{0,50}?ref="([A-Z]{1,3})(\d{1,7}):[A-Z]{1,3}(\d{1,7})"')
 SAVE_AS = 'in Excel, save it as "CSV UTF-8 (Comma delimited)" and give the .csv file'
 
 
@@ -36,12 +42,13 @@ def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
                 raise DataError(f"{path}: the unpacked workbook has more than {LARGEST:,} bytes; {SAVE_AS}")
         workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
         sheet = _sheet_of(path, workbook.worksheets, keys)
+        merged = _merged_cells(path, sheet)
     except DataError:
         raise
     except Exception as error:  # openpyxl raises errors of many types for a damaged file
         raise DataError(f"{path} is not a readable Excel workbook ({shorten(str(error))}); {SAVE_AS}") from None
     try:
-        yield from entries_of_rows(path, _rows(path, sheet), keys, needs_header=True)
+        yield from entries_of_rows(path, _rows(path, sheet, merged), keys, needs_header=True)
     finally:
         workbook.close()
 
@@ -55,7 +62,7 @@ def _sheet_of(path: Path, sheets: Sequence[Any], keys: Keys) -> Any:
     with_images = []
     for sheet in sheets[:MOST_SHEETS]:
         with suppress(DataError):  # a damaged sheet that may not be needed
-            rows = _rows(path, sheet)
+            rows = _rows(path, sheet, {})
             row = next(rows, (0, ""))[1]
             if isinstance(row, list) and (named <= {cell.strip().lower() for cell in row} if named else is_header(row)):
                 return sheet
@@ -64,11 +71,13 @@ def _sheet_of(path: Path, sheets: Sequence[Any], keys: Keys) -> Any:
     return (with_images or sheets)[0]
 
 
-def _rows(path: Path, sheet: Any) -> Iterator[Row]:
+def _rows(path: Path, sheet: Any, merged: Merged) -> Iterator[Row]:
     """Yield (number, cells) for each row that is not blank. Cells are texts. Remove empty columns at the end.
 
-    Leave out the rows with one cell above a row with several: they are titles.
+    Leave out the rows with one cell above a row with several: they are titles. A merged cell has its value in each row.
+    merged: see `_merged_cells`.
     """
+    open_cells: dict[int, tuple[str, int]] = {}
     width = 0
     titles: list[Row] = []
     rows = sheet.iter_rows(values_only=True, max_col=MOST_COLUMNS)
@@ -85,6 +94,7 @@ def _rows(path: Path, sheet: Any) -> Iterator[Row]:
         cells = ["" if value is None else _text(value) for value in row]
         if not any(cell.strip() for cell in cells):
             continue
+        _fill(cells, number, merged, open_cells)
         used = max(index for index, cell in enumerate(cells, 1) if cell.strip())
         if not width and len(titles) < MOST_TITLES and sum(bool(cell.strip()) for cell in cells) == 1:
             titles.append((number, [cells[used - 1]]))
@@ -94,6 +104,44 @@ def _rows(path: Path, sheet: Any) -> Iterator[Row]:
         width, titles = width or used, []
         cells = (cells + [""] * width)[: max(width, used)]
         yield number, TOO_LONG if sum(map(len, cells)) > LONGEST else cells
+
+
+def _merged_cells(path: Path, sheet: Any) -> Merged:
+    """Return {row: {column: last row}} of the cells that are merged over several rows.
+
+    openpyxl does not read them if it reads row by row. The element `mergeCells` comes after the rows.
+    """
+    result: Merged = {}
+    count, rest = 0, b""
+    name = getattr(sheet, "_worksheet_path", "")  # not a documented attribute
+    if not name:
+        return result
+    with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+        while (part := file.read(2**20)) and count < MOST_MERGED:
+            rest += part
+            end = 0
+            for match in MERGED.finditer(rest):
+                column, first, last, end = match[1].decode(), int(match[2]), int(match[3]), match.end()
+                if first < last:
+                    result.setdefault(first, {})[_number_of(column) - 1] = last
+                    count += 1
+            rest = rest[max(end, len(rest) - 100) :]
+    return result
+
+
+def _number_of(column: str) -> int:
+    """Return 1 for column A, 2 for B, 27 for AA."""
+    return functools.reduce(lambda number, letter: 26 * number + ord(letter) - 64, column, 0)
+
+
+def _fill(cells: list[str], number: int, merged: Merged, open_cells: dict[int, tuple[str, int]]) -> None:
+    """Give the cells of a row that continue a merged cell its value. open_cells: {column: (value, last row)} of these cells."""
+    for column, (value, last) in open_cells.items():
+        if number <= last and column < len(cells) and not cells[column]:
+            cells[column] = value
+    for column, last in merged.get(number, {}).items():
+        if column < len(cells):
+            open_cells[column] = cells[column], last
 
 
 def _text(value: object) -> str:

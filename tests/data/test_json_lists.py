@@ -32,6 +32,34 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_an_image_and_a_text_may_be_objects(folder, name):
+    """`datasets` writes {"bytes": null, "path": …}. Other values of the image are named."""
+    lines = [{"image": {"bytes": None, "path": "1.png"}, "caption": {"text": "a cat", "lang": "en"}}]
+    lines.append({"image": {"path": "2.png", "width": 3}, "caption": "a dog"})
+    path = folder / name
+    path.write_text(json.dumps(lines) if name == "x.json" else "".join(json.dumps(line) + "\n" for line in lines))
+    assert [(e.name, e.text) for e in annotations.read(path)[0]] == [("1.png", "a cat"), ("2.png", "a dog")]
+    for value, shown in ((None, "null"), ({"width": 3}, r"\{'width': 3\}"), (7, "7"), ("", "empty")):
+        path.write_text(
+            json.dumps([{"image": value, "text": "a"}]) if name == "x.json" else json.dumps({"image": value, "text": "a"})
+        )
+        with pytest.raises(DataError, match=f"no image: 'image' is {shown}; expected the path of an image"):
+            annotations.read(path)
+
+
+def test_the_correction_of_a_comma_at_the_end_of_a_list_names_its_line(folder):
+    (folder / "x.json").write_text('[\n{"image": "1.png", "text": "a"},\n{"image": "2.png", "text": "b"},\n]\n')
+    with pytest.raises(DataError, match=r'write in line 3: \{"image": "2\.png", "text": "b"\}$'):
+        annotations.read(folder / "x.json")
+
+
+def test_a_list_of_images_of_an_unknown_layout_is_not_named_as_incomplete(folder):
+    (folder / "x.json").write_text(json.dumps({"images": [{"file": {"name": "1.png"}, "notes": [{"caption": "a"}]}]}))
+    with pytest.raises(DataError, match="the format of this JSON file is unknown"):
+        annotations.read(folder / "x.json")
+
+
 @pytest.mark.parametrize("kind", [*DOCUMENTS, "lines", "indented"])
 def test_a_list_of_captions_gives_a_line_for_each_in_training_and_in_prepare(folder, kind):
     path = folder / ("x.jsonl" if kind == "lines" else "x.json")

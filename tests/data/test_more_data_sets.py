@@ -2,6 +2,9 @@
 
 import io
 import json
+import shlex
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -21,6 +24,46 @@ def photo(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (2, 2), "red").save(path)
     return path
+
+
+@pytest.mark.parametrize("layout", ["project", "export"])
+def test_via_2_gives_the_attribute_of_each_file(tmp_path, layout):
+    attributes = [{"caption": "a cat", "by": "me"}, {"words": "a dog"}, {}]
+    images = {}
+    for number, each in enumerate(attributes):
+        photo(tmp_path / f"{number}.jpg")
+        images[f"{number}.jpg{number}"] = {"filename": f"{number}.jpg", "size": number, "regions": [], "file_attributes": each}
+    document = {"_via_settings": {}, "_via_img_metadata": images} if layout == "project" else images
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    examples, _ = annotations.read(tmp_path / "x.json")
+    assert [(e.name, e.text) for e in examples] == [("0.jpg", "a cat"), ("1.jpg", "a dog")]
+    images["2.jpg2"]["file_attributes"] = {"one": "a", "two": "b"}
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"2\.jpg2: it has the file attributes 'one', 'two'; rename the one"):
+        annotations.read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("a.xml", "CSV or JSON"), ("a b.yaml", "yaml"), ("a.ods", "save it as"), ("a.zip", "unpack it"), ("a.sqlite", "export")],
+)
+def test_a_file_of_annotations_in_an_unreadable_format_is_named(tmp_path, name, fix):
+    path = tmp_path / name
+    path.write_bytes(b"PK\x03\x04" if name.endswith(("ods", "zip")) else b"- image: 1.jpg\n  text: a cat\n")
+    with pytest.raises(DataError, match=f"is an? .*{fix}"):
+        annotations.read(path)
+
+
+def test_the_command_that_converts_yaml_works(tmp_path):
+    pytest.importorskip("yaml")
+    photo(tmp_path / "1.jpg")
+    path = tmp_path / "a b.yaml"
+    path.write_text("- image: 1.jpg\n  text: a cat\n")
+    with pytest.raises(DataError) as error:
+        annotations.read(path)
+    words = shlex.split(str(error.value).partition("convert it: ")[2])
+    subprocess.run([sys.executable, *words[1:]], check=True)
+    assert [(e.name, e.text) for e in annotations.read(path.with_suffix(".json"))[0]] == [("1.jpg", "a cat")]
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_images_inside_json_are_unpacked_once_by_prepare(folder):
     prodigy = {"image": url, "caption": "a cube", "answer": "accept", "_task_hash": 1, "_input_hash": 2}
     for name, records, count in (("chat.jsonl", [chat], 2), ("chat.json", [chat], 2), ("prodigy.jsonl", [prodigy], 1)):
         path, output = write(folder / name, records), folder / f"{name}_out"
-        with pytest.raises(DataError, match=r"images inside JSON; convert it once.*\n.*prepare --source"):
+        with pytest.raises(DataError, match=r"contains images.*; convert it once.*\n.*prepare --source"):
             read(path)
         lines = prepare(PrepareConfig(source=str(path), output_dir=str(output), splits="1"))["train"].read_text().splitlines()
         images = {json.loads(line)["image"] for line in lines}

@@ -170,6 +170,13 @@ def test_other_columns_are_named_by_flags(run, pa, tmp_path):
         run(both, text_key="wrods")
 
 
+def test_of_two_columns_of_images_the_user_chooses(run, pa, tmp_path):
+    path = table(tmp_path / "x.parquet", pa, [{"before": embedded(1), "after": embedded(2), "caption": "c"}])
+    with pytest.raises(DataError, match=r"before, after contain bytes; name that of the image: --image-key before$"):
+        run(path)
+    assert pairs(run(path, image_key="after")["train"]) == [(2, "c")]
+
+
 def test_a_bad_row_is_named_and_an_error_leaves_no_image(run, pa, tmp_path):
     rows = [{"image": embedded(1), "text": "one"}, {"image": {"bytes": None, "path": None}, "text": "two"}]
     path = table(tmp_path / "x.parquet", pa, rows)
@@ -208,7 +215,7 @@ def test_training_on_a_packed_file_prints_the_command(tmp_path):
     with pytest.raises(DataError) as error:
         annotations.read(path)
     assert str(error.value).endswith(f"lora-blip prepare --source '{path}' --output-dir prepared")
-    assert "--annotations prepared/train.jsonl" in str(error.value)
+    assert "then give prepared/train.jsonl" in str(error.value)
 
 
 # ---------------------------------------------------------------- tar shards

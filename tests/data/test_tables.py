@@ -263,6 +263,39 @@ def test_a_title_above_a_table_and_a_cover_sheet_are_not_the_table(folder):
     assert [(e.name, e.text, e.line) for e in lines] == [("1.png", "a cat", 4)]
 
 
+def test_a_merged_cell_has_its_text_in_each_of_its_rows(folder):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["image", "text"], ["1.png", "a cat"], ["2.png", None], ["1.png", "a dog"], [None, None]):
+        book.active.append(row)
+    for cells in ("B2:B3", "B4:B5"):
+        book.active.merge_cells(cells)
+    book.save(folder / "x.xlsx")
+    assert [(e.name, e.text) for e in annotations.read(folder / "x.xlsx")[0]] == [
+        ("1.png", "a cat"), ("2.png", "a cat"), ("1.png", "a dog"),
+    ]  # fmt: skip
+
+
+def test_a_column_of_json_is_not_proposed_as_the_text(folder):
+    rows = ["filename,size,file_attributes", '1.png,7,"{""caption"": ""a cat""}"', '2.png,8,"{""caption"": ""a dog""}"']
+    path = _written(folder / "x.csv", "\n".join(rows))
+    with pytest.raises(DataError, match=r"table of VIA.*as JSON"):
+        annotations.read(path)
+    path.write_text("\n".join(rows).replace("file_attributes", "labels"))
+    with pytest.raises(DataError, match=r'name the columns: --text-key "COLUMN"$'):
+        annotations.read(path)
+    path.write_text("\n".join(["datei,more,wort", "1.png,{},a cat", '2.png,"{""a long word"": 1}",b']))
+    with pytest.raises(DataError, match=r'--image-key "datei" --text-key "wort"$'):
+        annotations.read(path)
+
+
+def test_swapped_columns_are_named(folder):
+    names = [f"{number}.png" for number in range(30)]
+    path = _written(folder / "x.csv", "text,image\n" + "".join(f"{name},a cat of {name[:-4]} years\n" for name in names))
+    with pytest.raises(DataError, match=r"its texts are names of images, such as '0\.png': swap the names of the two columns"):
+        annotations.read(path)
+
+
 def test_a_table_without_a_valid_row_or_with_one_column_is_one_error(folder):
     """No such table ends in a traceback. Valid rows after many invalid ones are still read."""
     for content in ('"1.png,a\n', ""):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data import formats, tables
+from lora_blip.data import formats, tables, unreadable_formats
 from lora_blip.data.conversions import needs_conversion
 from lora_blip.data.entries import IMAGE_KEYS, Located
 from lora_blip.data.formats import Keys
@@ -36,6 +36,7 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "karpathy": published.karpathy_entries,
     "textcaps": exports.textcaps_entries,
     "llava": json_entries,
+    "via": exports.via_entries,
     "labelstudio": exports.studio_entries,
     "labelstudio_min": exports.studio_min_entries,
     "kohya": exports.kohya_entries,
@@ -56,6 +57,8 @@ def load(path: Path, requested: str) -> tuple[str, Any]:
             head = file.read(8192)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {reason_and_fix(error, path) or os_error_reason(error)}") from None
+    if requested == "auto" and (advice := unreadable_formats.described_source(path, head)):
+        raise DataError(f"{path} is {advice}")
     if (file_format := packed_kind(path, head)) and requested in ("auto", file_format):
         return file_format, None
     if requested == "auto" and head.startswith(SIGNATURES):
@@ -118,7 +121,10 @@ def _document_format(document: Any) -> str:
         return "json"
     keys = document.keys() if isinstance(document, dict) else set()
     if "images" in keys:
-        return "coco" if "annotations" in keys else "karpathy"
+        first = next(iter(document["images"]), None) if isinstance(document["images"], list) else None
+        if "annotations" in keys:
+            return "coco"
+        return "karpathy" if not isinstance(first, dict) or first.keys() & {"sentences", "filepath", "split"} else ""
     if is_json_list(document) and "questions" not in keys:
         return "json"
     return "vqa" if keys & {"questions", "annotations"} else ""

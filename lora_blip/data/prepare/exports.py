@@ -1,11 +1,11 @@
-"""Read the JSON files of Label Studio, kohya (meta_cap.json), TextCaps, Visual Genome, GQA and A-OKVQA."""
+"""Read the JSON files of Label Studio, VIA, kohya (meta_cap.json), TextCaps, Visual Genome, GQA and A-OKVQA."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import SPLITS, LeftOut, Located, as_text
+from lora_blip.data.entries import SPLITS, TEXT_KEYS, LeftOut, Located, as_text, first_key
 from lora_blip.runtime.untrusted import quoted
 
 STUDIO_PREFIX = re.compile(r"^/data/(upload/\d+/|local-files/\?d=)")  # what Label Studio puts before the path of an image
@@ -14,6 +14,8 @@ STUDIO_PREFIX = re.compile(r"^/data/(upload/\d+/|local-files/\?d=)")  # what Lab
 def document_format(document: Any) -> str:
     """Return the format of a parsed JSON document if this file has a reader for it, or ""."""
     if isinstance(document, dict):
+        if _via_images(document):
+            return "via"
         data = document.get("data")
         first = data[0] if isinstance(data, list) and data else None
         if isinstance(first, dict) and ("caption_str" in first or "reference_strs" in first):
@@ -34,6 +36,31 @@ def document_format(document: Any) -> str:
     if isinstance(first.get("data"), dict) and "annotations" in first:
         return "labelstudio"
     return "labelstudio_min" if "annotation_id" in first and "annotator" in first else ""
+
+
+def _via_images(document: dict[str, Any]) -> dict[str, Any]:
+    """Return {key: image} of a project or an export of VIA 2, or {} for another document."""
+    images = document.get("_via_img_metadata", document)
+    first = next(iter(images.values()), None) if isinstance(images, dict) else None
+    return images if isinstance(first, dict) and first.keys() >= {"filename", "file_attributes"} else {}
+
+
+def via_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
+    """Read VIA 2: {key: {filename, file_attributes{caption}}}. The text is the attribute with a known name, or the only one."""
+    for name, image in _via_images(document).items() if isinstance(document, dict) else ():
+        attributes = image.get("file_attributes") if isinstance(image, dict) else None
+        if not isinstance(attributes, dict):
+            yield name, 'expected an object with "filename" and "file_attributes"'
+            continue
+        filled = {key: value for key, value in attributes.items() if as_text(value)}
+        key = first_key(filled, TEXT_KEYS) or next(iter(filled), "") * (len(filled) == 1)
+        if not filled:
+            yield name, LeftOut("the image has no file attribute")
+        elif key:
+            yield name, {"image": image.get("filename"), "text": filled[key]}
+        else:
+            names = quoted(list(filled))[1:-1]
+            yield name, f"it has the file attributes {names}; rename the one with the text to caption in VIA"
 
 
 def textcaps_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001  # one signature for all readers

@@ -62,8 +62,8 @@ def split_of(path: Path) -> str:
 def refuse_packed(source: str) -> Iterator[Located]:
     """Raise DataError with the command that unpacks a source."""
     raise DataError(
-        f"{source}: training does not read Parquet and tar files, or images inside JSON; convert it once, then train with "
-        "--annotations prepared/train.jsonl:\n"
+        f"{source} contains images, or is a Parquet or tar file, which is not read directly; convert it once, then give "
+        "prepared/train.jsonl instead of it:\n"
         f"lora-blip prepare --source {quote(source)} --output-dir prepared"
     )
 

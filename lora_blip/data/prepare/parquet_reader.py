@@ -34,7 +34,7 @@ def main(target: Path, path: Path, image_column: str) -> None:
     limit(path.stat().st_size)
     schema, batches = open_table(path)
     image = image_column or next((name for name in IMAGE_COLUMNS if name in schema.names), "")
-    image = image or next((field.name for field in schema if is_binary(field.type)), "")
+    image = image or only_one([field.name for field in schema if is_binary(field.type)])
     image = image or next((field.name for field in schema if pa.types.is_struct(field.type)), "")
     if image not in schema.names:
         names = ", ".join(schema.names[:20])
@@ -45,6 +45,15 @@ def main(target: Path, path: Path, image_column: str) -> None:
         for values in batch.select([name for name in columns if name in batch.schema.names]).to_pylist():
             row += 1
             print(json.dumps({"row": row} | entry_of(values, image, target), default=str))
+
+
+def only_one(columns: list[str]) -> str:
+    """Return the only column, or "" if there is none. Raise ValueError if there are several, because any may be the image."""
+    if len(columns) > 1:
+        raise ValueError(
+            f"the columns {', '.join(columns[:20])} contain bytes; name that of the image: --image-key {columns[0]}"
+        )
+    return next(iter(columns), "")
 
 
 def open_table(path: Path) -> tuple[Any, Any]:
