@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from lora_blip.data.images import SUFFIXES
 from lora_blip.runtime.counts import counted
@@ -18,6 +19,7 @@ MOST_FILES = 2_000_000  # largest number of files of an image root that are list
 SUGGESTED = 20  # missing images whose messages suggest an existing name
 SAMPLE = 64  # images whose paths are searched before the first step if CHECK_IMAGES is "lazy"
 COMPARED = 5000  # largest number of existing names that a suggestion compares
+SEVERAL = "; write its folder too"  # the end of a reason, if several files match
 SHOWN = 3  # largest number of candidates in a message
 COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # COCO 2017 has the same photos without this prefix
 UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file in Label Studio
@@ -33,15 +35,23 @@ Folders = tuple[str, ...]  # names of the folders of a file, from the outermost 
 class ImageFinder:
     """Finds the images of a source under the folder `root`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, plain: Callable[[str], str] | None = None) -> None:
+        """plain: returns the form of a name in which two names are compared; None: NFC, and if no file matches, any case."""
         self.root = root.absolute()
+        self.plain = plain or _plain
         self.moved: dict[str, str] = {}  # path as written → its path under the root, if the two differ
         self.names: dict[str, list[Folders]] | None = None  # file name → folders under the root that contain it
         self.complete = True  # False if the root has more than MOST_FILES files
         # leading folders as written, and the folders under the root that replace them; all paths of a source must agree
-        self.prefix: tuple[Folders, Folders] | None = None
+        self.prefix: list[tuple[Folders, Folders]] = []
         self.by_name: dict[str, str] = {}  # name of a file that was found only by its name → path as written
         self.suggestions = 0
+        self.any_case: ImageFinder | None = None
+        if plain is None:
+            self.any_case = ImageFinder(root, lambda name: _plain(name).casefold())
+            # paths that are found in different ways must agree too
+            self.any_case.prefix, self.any_case.by_name = self.prefix, self.by_name
+            self.any_case.suggestions = SUGGESTED
 
     def find(self, written: str) -> tuple[str, str]:
         """Return (path, "") for a path that is written in a source, or ("", reason) if no file or several files match.
@@ -53,8 +63,20 @@ class ImageFinder:
         for path in self._spellings(written):
             if os.path.lexists(path):
                 return path, ""
+        path, reason = self._search(_local(written))
+        if not path and self.any_case:
+            self.any_case.names = self.any_case.names or self._index_in_any_case()
+            path, other_reason = self.any_case._search(_local(written))
+            reason = other_reason if other_reason.endswith(SEVERAL) else reason
+        if not path:
+            return "", reason
+        self.moved[written] = path
+        return str(self.root / path), ""
+
+    def _search(self, written: str) -> tuple[str, str]:
+        """Return (path below the root, "") for a path that does not exist as it is written, or ("", reason)."""
         names = [name for name in re.split(r"[/\\]+", written) if name not in ("", ".")]
-        folders = tuple(_plain(name) for name in names[:-1] if not re.fullmatch("[A-Za-z]:", name))
+        folders = tuple(self.plain(name) for name in names[:-1] if not re.fullmatch("[A-Za-z]:", name))
         if not names or ".." in folders:
             return "", self._missing(written, ())
         fits, name = [], ""
@@ -63,12 +85,10 @@ class ImageFinder:
             if fits:
                 break
         if len(fits) > 1:
-            return "", f"{quoted(written)} may be {_listed(self._relative(name, fit) for fit in fits)}; write its folder too"
+            return "", f"{quoted(written)} may be {_listed(self._relative(name, fit) for fit in fits)}{SEVERAL}"
         if not fits or not self._is_consistent(written, name, folders, fits[0]):
             return "", self._missing(written, folders)
-        relative = self._relative(name, fits[0])
-        self.moved[written] = relative
-        return str(self.root / relative), ""
+        return self._relative(name, fits[0]), ""
 
     def describe(self) -> str:
         """Return a message about the paths that were found by their last parts, with an example, or "" if there are none."""
@@ -81,6 +101,8 @@ class ImageFinder:
     def _spellings(self, written: str) -> Iterator[str]:
         """Yield the paths that a written path may mean: as it is, with slashes, and with ~ and variables expanded."""
         yield str(self.root / written)
+        if (local := _local(written)) != written:
+            yield str(self.root / local)
         if "\\" in written:
             written = written.replace("\\", "/")
             yield str(self.root / written)
@@ -94,7 +116,7 @@ class ImageFinder:
         """
         best = -1
         result: list[Folders] = []
-        for candidate in self._index().get(_plain(name), ()):
+        for candidate in self._index().get(self.plain(name), ()):
             count, replaced, rest = self._compared(folders, candidate)
             other_prefix = absolute and count > 0 and not _are_splits(replaced, rest)
             fits = not rest or not replaced or other_prefix or COCO_2014.match(name)
@@ -109,18 +131,19 @@ class ImageFinder:
         if COCO_2014.match(name) or not replaced:
             return True
         if rest:
-            self.prefix = self.prefix or (replaced, rest)
-            return self.prefix == (replaced, rest)
-        unique = len(self._index()[_plain(name)]) == 1
-        return count > 0 or (unique and self.by_name.setdefault(name, written) == written)
+            pair = _folded(replaced), _folded(rest)
+            self.prefix[:] = self.prefix or [pair]
+            return self.prefix == [pair]
+        unique = len(self._index()[self.plain(name)]) == 1
+        return count > 0 or (unique and self.by_name.setdefault(name.casefold(), written) == written)
 
     def _compared(self, folders: Folders, candidate: Folders) -> tuple[int, Folders, Folders]:
         """Return the number of equal parts at the end of both, and the remaining parts of each.
 
         The root and the folders above it are compared too: C:/data/img/1.png is in the root /home/me/img.
         """
-        under = tuple(map(_plain, candidate))
-        count = _common(folders, (*map(_plain, self.root.parts), *under))
+        under = tuple(map(self.plain, candidate))
+        count = _common(folders, (*map(self.plain, self.root.parts), *under))
         return count, folders[: len(folders) - count], under[: max(len(under) - count, 0)]
 
     def _index(self) -> dict[str, list[Folders]]:
@@ -131,19 +154,26 @@ class ImageFinder:
                 below[:] = sorted(name for name in below if not name.startswith("."))
                 parts = Path(folder).relative_to(self.root).parts
                 for file in files:
-                    self.names.setdefault(_plain(file), []).append(parts)
+                    self.names.setdefault(self.plain(file), []).append(parts)
                 count += len(files)
                 if count > MOST_FILES:
                     self.complete = False
                     break
         return self.names
 
+    def _index_in_any_case(self) -> dict[str, list[Folders]]:
+        """Return `_index` with the names in lower case."""
+        result: dict[str, list[Folders]] = {}
+        for name, places in self._index().items():
+            result.setdefault(name.casefold(), []).extend(places)
+        return result
+
     def _relative(self, name: str, folders: Folders) -> str:
         """Return the path of a file, relative to the root, with its name as the file system spells it."""
-        plain, folder = _plain(name), self.root.joinpath(*folders)
-        if name.isascii() or (folder / name).exists():
+        plain, folder = self.plain(name), self.root.joinpath(*folders)
+        if (name.isascii() and self.any_case) or (folder / name).exists():
             return "/".join((*folders, name))
-        return "/".join((*folders, next(file for file in os.listdir(folder) if _plain(file) == plain)))  # noqa: PTH208
+        return "/".join((*folders, next(file for file in os.listdir(folder) if self.plain(file) == plain)))  # noqa: PTH208
 
     def _missing(self, written: str, folders: Folders) -> str:
         """Return the reason for a missing file. The first SUGGESTED reasons contain the nearest existing name."""
@@ -153,7 +183,7 @@ class ImageFinder:
         self.suggestions += 1
         if self.suggestions > SUGGESTED:
             return message
-        name = _plain(re.split(r"[/\\]", written)[-1])
+        name = self.plain(re.split(r"[/\\]", written)[-1])
         index = self._index()
         if name in index:
             others = _listed("/".join((*candidate, name)) for candidate in index[name])
@@ -164,6 +194,18 @@ class ImageFinder:
             return message
         place = folders if folders in index[near] else index[near][0]
         return f"{message}; the nearest existing name is {quoted('/'.join((*place, near)))}"
+
+
+def _folded(folders: Folders) -> Folders:
+    return tuple(map(str.casefold, folders))
+
+
+def _local(written: str) -> str:
+    """Return the path of a file URI, such as file:///home/me/my%20photos/1.jpg, or any other path unchanged."""
+    if not written.lower().startswith("file:"):
+        return written
+    path = unquote(urlsplit(written).path)
+    return path[1:] if re.match("/[A-Za-z]:", path) else path
 
 
 def _nearest(name: str, names: list[str]) -> str:

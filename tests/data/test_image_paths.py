@@ -219,3 +219,25 @@ def test_a_name_without_a_suffix_is_the_image_of_this_name(tmp_path):
         (tmp_path / "images" / name).write_bytes(b"")
     finder = ImageFinder(tmp_path)
     assert [Path(finder.find(name)[0]).name for name in ("a", "b.v2", "c")] == ["a.jpg", "b.v2.png", ""]
+
+
+def test_a_path_that_differs_in_capital_letters_is_found(root):
+    finder = ImageFinder(root)
+    assert finder.find("Cat/1.PNG") == (str(root / "cat/1.png"), "")
+    assert finder.find("C:\\data\\DOG\\1.PNG") == (str(root / "dog/1.png"), "")
+    assert finder.find("1.PNG")[1].endswith("may be 'cat/1.png' or 'dog/1.png'; write its folder too")
+
+
+def test_two_paths_cannot_be_one_file_in_different_capital_letters(root):
+    finder = ImageFinder(root)
+    assert finder.find("a/top.png")[0] and not finder.find("b/TOP.png")[0] and not finder.find("b/top.png")[0]
+    finder = ImageFinder(root)
+    assert finder.find("a/TOP.png")[0] and not finder.find("b/top.png")[0]
+
+
+def test_a_file_address_is_a_path(root):
+    (root / "my photos").mkdir()
+    path = root / "my photos/é 1.png"
+    path.touch()
+    assert ImageFinder(root).find(path.as_uri()) == (str(path), "")
+    assert ImageFinder(root).find("file:///C:/Users/me/my%20photos/%C3%A9%201.png") == (str(path), "")
