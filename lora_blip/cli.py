@@ -291,6 +291,8 @@ def refuse_command(name: str) -> NoReturn:
         raise ConfigError(f"{name} comes before the command; write the command first: lora-blip caption photo.jpg {name} …")
     if os.path.lexists(name):
         raise ConfigError(f"{name!r} is a file, not a command; did you mean lora-blip caption {quoted_for_shell(name)}?")
+    if name in ("explain", "compare"):
+        raise ConfigError(f"{name!r} is not a command, but a flag: lora-blip infer --images photos --{name}")
     raise ConfigError(
         f"{name!r} is not a command; did you mean {nearest(name, list(COMMANDS))}? "
         f"Commands are {', '.join(COMMANDS)}; each has --help"

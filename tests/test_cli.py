@@ -107,6 +107,12 @@ def test_a_mistyped_command_names_the_nearest(monkeypatch, capsys, wrong, neares
     assert f"{wrong!r} is not a command; did you mean {nearest}?" in refused(monkeypatch, capsys, wrong)
 
 
+def test_a_flag_that_is_given_as_a_command_is_named(monkeypatch, capsys):
+    assert "'explain' is not a command, but a flag: lora-blip infer --images photos --explain" in refused(
+        monkeypatch, capsys, "explain"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "end"),
     [

@@ -12,9 +12,11 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.studies.script_settings import SCRIPTS, rewritten
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
+from lora_blip.errors import ConfigError
 from lora_blip.flags import parse
 from lora_blip.runtime.settings import settings_of
 from tests.support import tiny
@@ -131,3 +133,10 @@ def test_scripts_run_from_another_folder(checkpoints, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {Path(line["image"]) for line in lines} == {project / "image_test" / f"{number}.png" for number in range(4)}
     assert {field.name for field in fields(InferConfig)} - {entry.name for entry in settings_of(InferConfig)} == {"runs"}
+
+
+def test_a_path_and_a_device_of_torch_are_settings_too():
+    config = TrainConfig(annotations=Path("a/b.jsonl"), device=torch.device("cpu"))
+    assert (config.annotations, config.device) == (str(Path("a/b.jsonl")), "cpu")
+    with pytest.raises(ConfigError, match="annotations = 3: expected str"):
+        TrainConfig(annotations=3)

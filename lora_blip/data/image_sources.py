@@ -1,5 +1,6 @@
 """Find the images of the setting `images`: a folder, a glob, a list or tar shards."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,9 +30,11 @@ from lora_blip.data.images import is_picture, open_image
 from lora_blip.data.shards import BRACES, ShardImage, expanded, images_in_shard, open_shard_image
 from lora_blip.errors import ImageError
 from lora_blip.runtime.counts import counted
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import suggestion
 
+TABLES = (".csv", ".tsv", ".json", ".xlsx", ".parquet", ".arrow")  # suffixes of annotations that are not read as lists
 MAX_LISTED = 8  # largest number of suffixes in the message about other files
 
 
@@ -69,6 +72,14 @@ class ImageSource:
 
     def _images(self, others: Counter[str]) -> Iterator[Example]:
         path = Path(self.setting)
+        if re.match("https?://", self.setting):
+            address = quoted_for_shell(self.setting)
+            raise ImageError(printable(f"{self.setting} is a web address; download it first: curl -O {address}"))
+        if path.is_file() and path.suffix.lower() in TABLES:
+            raise ImageError(
+                f"{printable(self.setting)} is a table, not an image or a list of images; give a folder of images, or write a "
+                "list: a .txt file with a path in each line"
+            )
         if path.is_dir():
             return in_folder(path, others)
         if path.is_file():

@@ -91,7 +91,7 @@ def _training(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     parts = [steps_of(training)] if "steps" in training else []
     parts += filter(None, [lr_ratio_of(training)])
     parts += ["stopped before its end"] * (training.get("finished") is False)
-    epochs = settings.get("epochs")
+    epochs = 0 if settings.get("max_steps") else settings.get("epochs")  # MAX_STEPS may end the run in its first epoch
     parts += [f"{epochs} epoch" + "s" * (epochs != 1)] * (type(epochs) is int and epochs > 0)
     named = {"batch_size": "batches of {}", "lr": "lr {}", "targets": "targets {}"}
     return ", ".join(parts + [text.format(settings[key]) for key, text in named.items() if settings.get(key)])

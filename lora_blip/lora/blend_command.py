@@ -6,10 +6,11 @@ from pathlib import Path
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime import runs
+from lora_blip.runtime.command_line import lora_blip_program
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import make_folder, refuse_unwritable
 from lora_blip.runtime.settings import argument, require, setting
-from lora_blip.runtime.system_errors import quoted_for_shell
+from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import printable
 
 MOST_WEIGHT = 1000.0
@@ -71,7 +72,7 @@ def blend(config: BlendConfig) -> None:
     first = adapters[0]
     if any(adapter.task != first.task for adapter in adapters):
         lines.append(f"note: the adapters have different prompts or options of generation; those of {first.path} are used")
-    lines.append(f"next: lora-blip inspect {quoted_for_shell(config.output_dir)}")
+    lines.append(f"next: {command_line([*lora_blip_program(), 'inspect', config.output_dir])}")
     print(*map(printable, lines), sep="\n", flush=True)
 
 

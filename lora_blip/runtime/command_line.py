@@ -21,6 +21,11 @@ def program() -> list[str]:
     return ["lora-blip"] if path.stem == "lora-blip" else []
 
 
+def lora_blip_program() -> list[str]:
+    """Return the words that start a command of lora_blip. If a script runs, `lora-blip` may not be in its PATH."""
+    return ["python", "-m", "lora_blip"] if Path(sys.argv[0]).suffix == ".py" else ["lora-blip"]
+
+
 def this_command(without: Sequence[str] = (), added: Sequence[str] = ()) -> str:
     """Return the command of this process, or "" if the package was called from another program, or by torchrun.
 

@@ -61,13 +61,18 @@ def require_settings(config: object, kind: type, call: str) -> None:
 def check(config: Any) -> None:
     """Raise ConfigError if a field has a wrong type, is not finite, or is too large.
 
-    Also convert values in place: a list of targets to a text, an int to a float, and ~ and $HOME in paths to folders.
+    Also convert values in place: a list of targets, a path or a torch.device to a text,
+    an int to a float, and ~ and $HOME in paths to folders.
     """
     for entry in fields(config):
         value = getattr(config, entry.name)
         if entry.name == "targets" and isinstance(value, list | tuple) and all(isinstance(target, str) for target in value):
             value = ",".join(value)
             object.__setattr__(config, "targets", value)
+        is_device = type(value).__module__ == "torch" and type(value).__name__ == "device"
+        if entry.type is str and (isinstance(value, os.PathLike) or is_device):
+            value = str(value)
+            object.__setattr__(config, entry.name, value)
         if get_origin(entry.type) is Literal:
             require(value in get_args(entry.type), entry.name, value, f"one of {', '.join(get_args(entry.type))}")
         elif entry.type is float and type(value) is int:

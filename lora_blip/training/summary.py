@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
+from lora_blip.runtime.command_line import lora_blip_program
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import parsed, printable
@@ -73,8 +74,7 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     existing = [path for path in candidates if path.is_file() and path != source and _asks(path) == (task == "vqa")]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
-    start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]
-    command = command_line([*start, "evaluate", *adapter_flag(folder), "--references", references])
+    command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references])
     missing = "" if val_annotations or existing else " (write their images and texts to test.jsonl first)"
     images = "the validation images" if val_annotations else "images that training has not used"
     return printable(f"to score it on {images}{missing}: {command}")
@@ -102,7 +102,7 @@ def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     """
     script = Path(sys.argv[0])
     is_script = script.name == "train.py" and script.with_name("infer.py").is_file()
-    command = ["python", str(script.with_name("infer.py"))] if is_script else ["lora-blip", "infer"]
+    command = ["python", str(script.with_name("infer.py"))] if is_script else [*lora_blip_program(), "infer"]
     command += adapter_flag(folder)
     images, default = [relative_if_below(each.image.parent) for each in examples[:1]], Path(DEFAULT_IMAGES)
     default = script.with_name(DEFAULT_IMAGES) if is_script else default

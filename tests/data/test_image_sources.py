@@ -217,6 +217,15 @@ def test_avif_is_read(tmp_path):
     assert open_image(tmp_path / "a.avif").size == (16, 12)
 
 
+def test_a_table_and_a_web_address_are_not_images(tmp_path):
+    for suffix in ("csv", "json", "xlsx"):
+        (tmp_path / f"x.{suffix}").write_text("image,text\n1.png,a cat\n")
+        with pytest.raises(ImageError, match=r"is a table, not an image .* a \.txt file with a path in each line$"):
+            ImageSource(tmp_path / f"x.{suffix}")
+    with pytest.raises(ImageError, match=r"is a web address; download it first: curl -O 'https://a\.b/c\.jpg\?d=1&e=2'$"):
+        ImageSource("https://a.b/c.jpg?d=1&e=2")
+
+
 def test_a_missing_folder_of_images_suggests_the_nearest(tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(ImageError, match=r"no image found at '.*foto'.*; did you mean '.*photos'\? Otherwise give a file"):

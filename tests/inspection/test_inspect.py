@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_blip import cli
 from lora_blip.inspection.command import InspectConfig, inspect
+from lora_blip.inspection.description import _training
 from lora_blip.lora import adapter_file, injection, merging
 from lora_blip.lora.adapter_file import digest
 from lora_blip.lora.spectrum import intruder_dimensions
@@ -231,6 +232,12 @@ def test_a_base_without_the_module_or_of_another_shape_is_an_error(adapter, tmp_
 
 
 # ---------------------------------------------------------------- header, files, mistakes
+
+
+def test_a_run_with_max_steps_has_no_number_of_epochs():
+    """The run may end in its first epoch, and EPOCHS is then no number of passes."""
+    assert _training({"steps": 1}, {"epochs": 30, "max_steps": 0, "lr": 1e-3}) == "1 step, 30 epochs, lr 0.001"
+    assert _training({"steps": 1}, {"epochs": 30, "max_steps": 1, "lr": 1e-3}) == "1 step, lr 0.001"
 
 
 def test_the_header_is_described_in_words(adapter, tmp_path, monkeypatch, capsys):

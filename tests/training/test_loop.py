@@ -345,6 +345,7 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
             train(config)
         capsys.readouterr()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lora-blip"])
     path = train(config)
     printed = capsys.readouterr().out.splitlines()
     best = path.parent / BEST_NAME
@@ -354,6 +355,16 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
     assert printed[-2] == f"next: lora-blip infer --adapter {run} --images photos"
     start = "to score it on images that training has not used (write their images and texts to test.jsonl first): "
     assert printed[-1] == f"{start}lora-blip evaluate --adapter {run} --references test.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("program", "start"),
+    [("x/lora-blip", "lora-blip"), ("train_mine.py", "python -m lora_blip"), ("lora_blip/__main__.py", "python -m lora_blip")],
+)
+def test_a_copy_of_train_py_prints_commands_that_need_no_path(tmp_path, monkeypatch, program, start):
+    monkeypatch.setattr("sys.argv", [program])
+    monkeypatch.chdir(tmp_path)
+    assert summary.next_command("caption", tmp_path / "run", []) == f"{start} infer --adapter run"
 
 
 def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
@@ -376,6 +387,7 @@ def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
 def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypatch):
     """The references are VAL_ANNOTATIONS, a file of `prepare`, or that of image_test. Without them, a file is to be written."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lora-blip"])
     run, lines = tmp_path / "run", str(tmp_path / "train.jsonl")
     start, command = "to score it on images that training has not used", ": lora-blip evaluate --adapter run --references "
     demo = [example_of(str(tmp_path / "image_train" / "1.png"))]
