@@ -111,9 +111,9 @@ for n in (8, 4, 2, 1):
 # %% [markdown]
 # The sixteen singular values of ΔW fall gradually: the effective rank is about 11. But the score needs only a few of
 # them. With four of the sixteen, it is at most four percentage points below that of all. With one, it is much lower, and not
-# stable: we measured 44 % to 84 % with the three seeds. With seed 0 alone, we measured 58 %, 66 % and 69 %, in versions of this code
-# that round differently. In each of these runs, the adapter that was *trained* with rank 1 is better. So the strongest direction of a
-# larger update is not the best update of rank 1.
+# stable: it depends on the seed, and on the rounding. Several versions of this code, which round differently, gave 44 % to 84 % with
+# the three seeds, and 58 %, 66 % and 69 % with seed 0 alone. In each of these runs, the adapter that was *trained* with rank 1 is
+# better. So the strongest direction of a larger update is not the best update of rank 1.
 #
 # The paper compares two trained matrices A, with r = 8 and r = 64, by their right singular vectors (not those of ΔW). It
 # finds a clear overlap for the strongest direction, and says that the others may be "mostly random noises accumulated
@@ -139,9 +139,9 @@ assert same_s < 0.65 < min(scores.values()) and same_s_norm < total_norms[1] / 2
 #
 # ## The place matters more than the rank
 #
-# The base describes colours and positions of cubes correctly, and only its noun is wrong (`docs/tiny_bases.md`). An
-# adapter on the linears of the text model can change the word itself. We train it with rank 1 for one epoch, and an adapter with
-# rank 16 on the ViT for one epoch too.
+# For nearly all images of cubes, the base describes colours and positions correctly, and only its noun is wrong
+# (`docs/tiny_bases.md`). An adapter on the linears of the text model can change the word itself. We train it with rank 1 for one
+# epoch, and an adapter with rank 16 on the ViT for one epoch too.
 
 # %%
 text_score = train(1, 32, targets="text", epochs=1)

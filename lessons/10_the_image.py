@@ -105,10 +105,10 @@ axes.legend(loc=(0.6, 0.1))
 show(figure, "words")
 
 # %% [markdown]
-# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. So does "a", because "an", or at the
-# start also "no", can be in its place. "orange" depends on the image less than the other colours: usually the word "an" announces
-# it. After "single", it depends on the image as much as other colours. With the adapter, "of", "the" and "left" follow almost
-# completely from the words before, and "cube" mostly.
+# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. So does "a": for another image, "an" may
+# be right, or at the start "no" ("no cube is present in the image"). "orange" depends on the image less than the other colours:
+# usually the word "an" announces it. After "single", it depends on the image as much as other colours. With the adapter, "of",
+# "the" and "left" follow almost completely from the words before, and "cube" mostly.
 #
 # ## Cross-attention
 #

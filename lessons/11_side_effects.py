@@ -249,7 +249,7 @@ show(figure, "forgetting")
 #    forgotten, and that cubes are still learned.
 # 2. Take LoRA with η = 0.003 and multiply the singular value of each intruder by c = 0.75, 0.5 and 0. The paper reports that a
 #    model with smaller intruders forgets less, and that the new task suffers little. A right answer shows whether this holds here.
-#    (In peft, `reduce_intruder_dimension` does this. Its `mitigation_lambda` is c.)
+#    (In peft, `reduce_intruder_dimension` does the same, and then cuts the new update to rank r. Its `mitigation_lambda` is c.)
 #
 # ## What to remember
 #

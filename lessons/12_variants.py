@@ -123,8 +123,8 @@ class PiSSA(Plain):
 
 
 # %% [markdown]
-# **LoRA+** (Hayou et al. 2024) is LoRA with two learning rates: η for A, and λη for B. We use λ = 16. To keep the
-# geometric mean of the two at η, A gets η/4, and B gets 4η.
+# **LoRA+** (Hayou et al. 2024) is LoRA with two learning rates: the rate of B is λ times that of A. We use λ = 16. The other
+# variants have one rate η. To compare, LoRA+ gets the rate η/4 for A and 4η for B. The geometric mean of the two is η.
 
 
 # %%
@@ -243,13 +243,13 @@ assert all(abs(last["DoRA", lr] / last["LoRA", lr] - 1) < 0.1 for lr in RATES)
 #
 # For a fixed r, **rsLoRA** is LoRA with α·√r. The difference begins when r changes: lesson 4 measures it.
 #
-# With Adam, **LoRA+** is LoRA with a larger α. Write B = λ B̃, and train A and B̃ with the same η. The gradient of B̃ is λ
-# times that of B, but Adam divides each gradient by its size. So B̃ moves by η, and B moves by λη, as LoRA+ demands. B starts at
-# zero, so B̃ does too:
+# With Adam, **LoRA+** is LoRA with a larger α. Write η_A for the rate that LoRA+ has for A, so that B has λη_A. Write B = λ B̃, and
+# train A and B̃ with the same rate η_A. The gradient of B̃ is λ times that of B, but Adam divides each gradient by its size. So B̃
+# moves by η_A, and B moves by λη_A, as LoRA+ demands. B starts at zero, so B̃ does too:
 #
 # $$\frac{\alpha}{r} B A = \frac{\lambda\alpha}{r} \tilde B A.$$
 #
-# Thus learning rates η and λη with α give the same run as one learning rate η with λα. This holds without weight decay,
+# Thus the rates η_A and λη_A with α give the same run as one rate η_A with λα. This holds without weight decay,
 # without clipping, and with an ε near zero. We compare the first ten losses. 16 is a power of two, so LoRA+ has the same bits.
 
 # %%
@@ -284,8 +284,7 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 # ## What to remember
 #
 # - A variant changes the factor, the norm, the start or the learning rates. Before the first training step, each gives the base.
-# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and the
-#   learning rate that LoRA+ has for A.
+# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and the learning rate η_A of LoRA+.
 # - Compare variants only after you tune the learning rate of each.
 #
 # ## Sources

@@ -69,6 +69,10 @@ for state in ("adapter", "base"):
     assert scores[state, "uniform", "others"] < scores[state, "learned", "others"] - 1
 assert scores["base", "learned", "cube"] < -10 and scores["base", "learned", "others"] > -1
 assert scores["base", "uniform", "cube"] > scores["base", "learned", "cube"] + 1
+of_caption = {
+    attention: sum(scores["base", attention, words] for words in ("cube", "others")) for attention in ("learned", "uniform")
+}
+assert of_caption["uniform"] > of_caption["learned"] + 1
 
 # %% [markdown]
 # For the words other than "cube", the log-probability falls in both models, so both need their attention. The base gives these words

@@ -113,12 +113,13 @@ for c in (1.0, 0.75, 0.5, 0.0):
     after[c] = exact(alone, test), exact(alone, flat)
     record(f"c = {c}: cubes", after[c][0])
     record(f"c = {c}: flat shapes", after[c][1])
-assert after[1.0][0] > 0.85 and after[0.0][0] < 0.5
-assert after[0.0][1] < 0.6 * exact(base, flat)
+assert after[1.0][0] > 0.85 and after[0.0][0] < 0.2
+assert after[1.0][1] + 0.1 < after[0.0][1] < 0.8 * exact(base, flat)
 
 # %% [markdown]
-# Here, the result differs from the paper's. Without the intruders, most captions of cubes are wrong, and most flat shapes are not
-# recovered. In this model, the intruders are a part of the new skill. The paper studies large language models.
+# Here, only one half of the paper's result holds. Without the intruders (c = 0), the model forgets less: 27 %, 31 % and 54 % of the
+# flat shapes are right with the seeds 0, 1 and 2, and none with c = 1. But no caption of a cube is right. In this model, the
+# intruders are a part of the new skill. The paper studies large language models.
 #
 # A c between 0 and 1 is not a good trade either. With c = 0.75, all captions of cubes remain right with the seeds 0, 1 and 2, but
 # only 3 %, 0 % and 0 % of the flat shapes are right. With c = 0.5, it is 15 %, 0 % and 2 % of the flat shapes, and with seed 0

@@ -54,7 +54,7 @@ def train(make, hook, steps=STEPS):
 #
 # $$\Delta W = B A - B_0 A_0 = \begin{pmatrix} B & -B_0 \end{pmatrix} \begin{pmatrix} A \\ A_0 \end{pmatrix}.$$
 #
-# With r = α = 16, the factor α/r is 1.
+# This adapter of the original base has rank 2r = 16. With α = 16, its factor is 1.
 
 
 # %%

@@ -9,7 +9,8 @@ Without this function, autograd keeps a 16-bit copy of W for each linear under a
 extra pass over memory. Here, a pre-hook gives the linear x without its graph, so that autograd does not record the frozen
 product. Only x, h (r columns) and, under autocast, 16-bit copies of A and B are kept.
 
-Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ:
+Tests compare the results with those of `lora_hook`. `lora_hook` itself runs for a small linear on a CPU, because it is faster
+there, and if the results could differ:
 
 - there is dropout, or not every adapter acts on every row;
 - a weight is quantized or merged, or the linear has other hooks;

@@ -12,7 +12,7 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
 `inject` does this for every target, and freezes all parameters that belong to no adapter. By default (the setting FAST),
-`fused_hook` takes the place of `lora_hook`. In training it needs less memory. If it cannot be used, it calls `lora_hook`.
+`fused_hook` takes the place of `lora_hook`. It needs less memory in training. If it cannot run or is slower, `lora_hook` runs.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W).
 Then `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (files).
@@ -30,7 +30,7 @@ from lora_blip.lora.sites import Site, name_of
 
 
 class LoRA(nn.Module):
-    """ΔW = (alpha / r) · B A in float32, for all output features of a linear or for a range of them. In peft: `LoraLayer`.
+    """ΔW = (alpha / r) · B A in float32, for all or some output features. In peft: `lora_A[name]` and `lora_B[name]`.
 
     >>> lora = lora_blip.inject(backbone, "vit")["vision_model.encoder.layers.0.self_attn.qkv"]
     >>> assert lora.A.shape == (8, 128) and lora.B.shape == (384, 8) and not lora.B.any()  # so no output changes yet
