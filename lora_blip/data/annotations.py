@@ -7,7 +7,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_blip.data.columns import of_two_files
 from lora_blip.data.decoding import undecodable
 from lora_blip.data.entries import IMAGE_NAME, LeftOut, Located, Location
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
@@ -165,7 +166,8 @@ def check_columns(config: Any, *settings: str) -> None:
     """Call `refuse_unknown_columns` for the files in these settings of a command."""
     for setting in settings:
         if source := getattr(config, setting):
-            refuse_unknown_columns(source, keys_of(config), setting)
+            with of_two_files(source) if setting == "val_annotations" else nullcontext():
+                refuse_unknown_columns(source, keys_of(config), setting)
 
 
 def refuse_unknown_columns(source: str | Path, keys: Keys, setting: str = "annotations") -> None:

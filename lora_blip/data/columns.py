@@ -2,12 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_NAME, Entry
+from lora_blip.errors import DataError
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import quoted, shorten
 
 INTEGER = re.compile(r"-?[0-9]+")
+UNKNOWN = re.compile(
+    r"""name the (?:columns|right one):(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+))+)|no column has the name|it has no '"""
+)
 FEW_COLUMNS = 12  # largest number of columns that a message lists
 ALIKE = 0.6  # difflib's ratio of two names that are suggested for each other
 
@@ -31,6 +38,21 @@ def meant(ours: str, name: str, header: Sequence[str]) -> str:
     inside = [cell for cell in plain if wanted and (wanted in cell or (len(cell) > 2 and cell in wanted))]
     near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE)), "")
     return f"\ndid you mean {_flag(ours, plain[near])}?" if near else ""
+
+
+@contextmanager
+def of_two_files(source: str | Path) -> Iterator[None]:
+    """Add to an error about the columns of the validation file how to convert it: the flags name the columns of both files."""
+    try:
+        yield
+    except DataError as error:
+        if not (match := UNKNOWN.search(str(error))):
+            raise
+        command = f"lora-blip prepare --source {quoted_for_shell(str(source))} --splits 1 --output-dir prepared"
+        raise DataError(
+            f"{error}\nsuch flags name the columns of ANNOTATIONS too; if its columns have other names, convert this file, and "
+            f'set VAL_ANNOTATIONS = "prepared/train.jsonl":\n{command}{match["flags"] or ""}'
+        ) from None
 
 
 def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
