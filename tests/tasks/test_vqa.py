@@ -300,7 +300,8 @@ def test_the_end_token_written_out_is_refused(make, kind):
 def test_a_line_without_question_or_answers_is_refused(task):
     (without_answers,) = examples([("what is it?", ())])
     (without_question,) = examples([("", ("a cube",))])
-    assert "no answer" in task.check(without_answers) and "no question" in task.check(without_question)
+    assert "no answer" in task.check(without_answers)
+    assert "no question: the task is vqa" in task.check(without_question) and "--adapter" in task.check(without_question)
     assert task.check(examples()[0]) == ""
 
 
