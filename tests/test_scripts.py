@@ -335,7 +335,7 @@ def test_commands_refuse_unknown_flags(command, monkeypatch, capsys):
         {"VAL_FRACTION": math.nan}, {"WEIGHT_DECAY": math.inf}, {"MAX_GRAD_NORM": math.inf}, {"CACHE_GB": math.inf},
         {"CHECKPOINT_SECONDS": math.inf}, {"MIN_IMPROVEMENT": math.nan}, {"MIN_IMPROVEMENT": -1.0}, {"SEED": 2**32},
         {"R": 10**9}, {"BATCH_SIZE": 10**12}, {"MAX_STEPS": 10**30}, {"TARGETS": ["vit", 3]}, {"TARGETS": None},
-        {"MODEL": Path("x")}, {"MODEL": "a\0b"}, {"AUGMENT": 1}, {"EPOCHS": 3.0}, {"R": "8"},
+        {"MODEL": b"x"}, {"MODEL": "a\0b"}, {"AUGMENT": 1}, {"EPOCHS": 3.0}, {"R": "8"},
     ],
 )  # fmt: skip
 def test_a_setting_with_an_absurd_value_is_an_error_before_any_work(wrong):

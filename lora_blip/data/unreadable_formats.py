@@ -29,7 +29,7 @@ SOURCES = {  # suffixes of files with annotations → what the file is, and the 
     (".docx", ".odt", ".rtf"): "a text document; write the images and texts to a table, and save it as CSV",
     (".zip", ".7z", ".rar", ".gz", ".tgz", ".bz2", ".xz"): "an archive; unpack it, and give the file or folder in it",
     (".db", ".sqlite", ".sqlite3"): "a database; export its table as CSV",
-    (".pkl", ".pickle", ".pt", ".npy", ".npz"): "a file of Python objects, which is not read; save it as CSV or JSON",
+    (".pkl", ".pt", ".npy", ".npz"): "a file of Python objects, which is not read; save it as CSV or JSON",
 }
 
 
