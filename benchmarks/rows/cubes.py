@@ -89,7 +89,7 @@ def median_gap(moments: list[float]) -> float:
 def their_run(config: TrainConfig, enough: float) -> dict[str, float]:
     torch.manual_seed(config.seed)
     backbone = load_backbone(str(REPOSITORY / config.model), config.device)
-    examples, _ = annotations.read(REPOSITORY / config.annotations)
+    examples, _ = annotations.read(REPOSITORY / config.annotations, report=lambda _: None)
     training, validation = splits.split_by_image(examples, config.val_fraction, config.seed)
     side = backbone.image_processor.size["height"]
     files = trainer.Files(backbone, pairs_of(training), partial(moved, random.Random(config.seed), side))
