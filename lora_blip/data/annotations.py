@@ -24,11 +24,11 @@ from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
-from lora_blip.data.summary import LISTED, ReadLines, one_problem
+from lora_blip.data.summary import LISTED, ReadLines, listing, one_problem
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import long_path_advice
-from lora_blip.runtime.untrusted import line_of_list, os_error_reason, printable, quoted
+from lora_blip.runtime.untrusted import os_error_reason, printable, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
@@ -275,12 +275,6 @@ def _checked(
                 entry = (entry.line, reason)
             problems.append(Problem(source, *entry))
     return valid_lines, problems
-
-
-def listing(problems: list[Problem]) -> str:
-    """Return the first problems as one text, a line for each, and the number of further problems."""
-    lines = [line_of_list(str(problem)) if problems[1:] else str(problem) for problem in problems[:LISTED]]
-    return "\n".join(lines + [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
 
 
 def unreadable(example: Example, error: ImageError) -> DataError:

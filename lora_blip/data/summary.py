@@ -25,6 +25,7 @@ LISTED = 20  # problems or reasons printed before "and N more"
 SAMPLES = 3
 SEVERAL = 3  # smallest number of lines with one problem that a message does not list
 IMAGE_FAULTS = ("does not exist", "is not a usable image", "cannot be decoded", "cannot be read")  # after the path of an image
+LONG_ADVICE = 80  # smallest number of characters of an advice that a list of problems does not repeat
 LABEL = 10  # width of the first column
 
 
@@ -93,6 +94,20 @@ def lines_by_reason(unused: Sequence[Unused]) -> list[str]:
 def kind_of(reason: str) -> str:
     """Return a reason without the path of an image, so that the reasons of several images can be counted together."""
     return next((fault for fault in IMAGE_FAULTS if f" {fault}" in reason), reason)
+
+
+def listing(problems: Sequence[Unused]) -> str:
+    """Return the first problems as one text, a line for each, and the number of further problems.
+
+    A long advice, which follows the first semicolon of a problem, is written only once.
+    """
+    lines, seen = list[str](), set[str]()
+    for problem in problems[:LISTED]:
+        short, _, advice = str(problem).partition("; ")
+        text = short if advice in seen and len(advice) > LONG_ADVICE else str(problem)
+        seen.add(advice)
+        lines.append(line_of_list(text) if problems[1:] else text)
+    return "\n".join(lines + [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
 
 
 def one_problem(reasons: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lora_blip.config import TrainConfig
-from lora_blip.data import annotations
+from lora_blip.data import annotations, summary
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
 from lora_blip.training.examples import split_by_column
@@ -131,6 +131,15 @@ def test_without_a_val_split_the_validation_images_are_drawn_from_train(folder):
 def test_a_list_of_problems_with_long_paths_is_bounded():
     """Twenty problems have at most 450 characters each. A single problem is complete, because its end contains the fix."""
     problems = [annotations.Problem(Path("a.json"), number, "x" * 3000 + " fix") for number in range(25)]
-    lines = annotations.listing(problems).splitlines()
+    lines = summary.listing(problems).splitlines()
     assert len(lines) == 21 and max(map(len, lines)) <= 450 and all(line.endswith(" fix") for line in lines[:20])
-    assert "x" * 3000 in annotations.listing(problems[:1])
+    assert "x" * 3000 in summary.listing(problems[:1])
+
+
+def test_a_long_advice_is_written_once_in_a_list_of_problems():
+    advice, other = "; choose a checkpoint" + ", or another one" * 9, "; shorten it"
+    problems = [annotations.Problem(Path("a.json"), line, f"the text {line} is unknown{advice}") for line in range(3)]
+    problems += [annotations.Problem(Path("a.json"), line, f"the text {line} is too long{other}") for line in (3, 4)]
+    lines = summary.listing(problems).splitlines()
+    assert lines[0].endswith(advice) and advice[:10] not in "".join(lines[1:])
+    assert lines[2] == "a.json:2: the text 2 is unknown" and [line.endswith(other) for line in lines[3:]] == [True, True]
