@@ -89,11 +89,12 @@ with torch.no_grad():
 # $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
 # $n k$ numbers. The hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for
 # $\partial L / \partial W = dY^\top X$. So for one linear, LoRA does **not reduce the memory of activations**. It reduces the memory of
-# the gradient and of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$.
+# the gradient and of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$. A frozen linear without an adapter has
+# no weight gradient, so it does not need $X$: adapters on fewer linears need less memory.
 #
 # `saved_tensors_hooks` calls a function for each tensor that autograd keeps. We count the bytes of each storage once, and leave out
 # the parameters. Here the linear is the first one of the MLP in the ViT of `tiny-blip`, with $k$ = 128, $d$ = 512 and r = 8. Its input
-# has 8 images of 37 rows: 36 patches, and one class token for the whole image.
+# has 8 images of 37 rows: 36 patches, and one class token for the whole image. So now $n$ = 8 · 37 = 296.
 
 
 # %%
@@ -132,6 +133,7 @@ for (name, bf16), number in kept.items():
     record(f"kilobytes of {name} in {'bf16' if bf16 else 'fp32'}", number / 1000)
 
 assert kept["full fine-tuning", False] == images * rows * k * 4  # X
+assert saved_bytes(nn.Linear(k, d).requires_grad_(False), x, False) == 0  # frozen, without an adapter
 assert kept["full fine-tuning", True] == images * rows * k * 2 + 2 * d * k  # X, and a copy of W in bf16
 assert kept["lora_hook", False] == kept["fused_hook", False] == x_and_h[False]  # X and H
 copies = 2 * r * (d + k)  # bytes of A and B in bf16
@@ -177,8 +179,8 @@ show(figure, "saved")
 # ## What to remember
 #
 # - $dA = s B^\top dy\, x^\top$, $dB = s\, dy\, (A x)^\top$, $dx = W_0^\top dy + s A^\top B^\top dy$.
-# - The hooks keep $X$ and $H$: $n (k + r)$ numbers. $X$ alone is enough, and full fine-tuning keeps $X$ too. So LoRA does not
-#   reduce the memory of a linear's activations.
+# - The hooks keep $X$ and $H$: $n (k + r)$ numbers. $X$ alone is enough, and full fine-tuning keeps $X$ too. So an adapter
+#   does not reduce the memory of activations of its linear.
 # - LoRA reduces the memory of gradients and of the optimizer: $r (d + k)$ numbers are trained instead of $d k$.
 #
 # ## Sources

@@ -68,7 +68,8 @@ print(f"r = 1 trains {parameters[1]:,} of {full:,} parameters of these linears: 
 # %% [markdown]
 # The scores do not rise with r. With the seeds 0, 1 and 2, all of them are between 91 % and 100 %, and the order of
 # the ranks changes with the seed (`lessons/spread.md` has all numbers). So this experiment does not say which rank is
-# best. It says that rank 1 is enough for the cubes (8,192 parameters): it is not worse, although the rule favours large ranks.
+# best. It says that rank 1 is enough for the cubes (8,192 parameters): its scores are in the range of the others, although the rule
+# favours large ranks.
 #
 # ## The singular values of ΔW
 #
@@ -112,7 +113,7 @@ for n in (8, 4, 2, 1):
 # The sixteen singular values of ΔW fall gradually: the effective rank is about 11. But the score needs only a few of
 # them. With four of the sixteen, it is at most four percentage points below that of all. With one, it is much lower, and not
 # stable: it depends on the seed, and on the rounding. Several versions of this code, which round differently, gave 44 % to 84 % with
-# the three seeds, and 58 %, 66 % and 69 % with seed 0 alone. In each of these runs, the adapter that was *trained* with rank 1 is
+# the three seeds, and 58 % to 78 % with seed 0 alone. In each of these runs, the adapter that was *trained* with rank 1 is
 # better. So the strongest direction of a larger update is not the best update of rank 1.
 #
 # The paper compares two trained matrices A, with r = 8 and r = 64, by their right singular vectors (not those of ΔW). It

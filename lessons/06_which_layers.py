@@ -128,7 +128,7 @@ for (model, targets), values in ratios.items():
 
 # %% [markdown]
 # - **Text or ViT?** With the same budget, the loss with an adapter on the text model is less than half of the loss with one on the
-#   ViT. On BLIP-2, the captions are right with an adapter on the language model, and nearly all still wrong with one
+#   ViT. On BLIP-2, nearly all captions are right with an adapter on the language model, and nearly all are still wrong with one
 #   on the ViT or the Q-Former. A likely reason is the task: for nearly all images, the base describes colours and positions
 #   correctly, and only its noun is wrong (`docs/tiny_bases.md`). The text model writes the noun.
 # - **q and v, or all?** Low-rank adapters on all linears reach a lower loss than high-rank adapters on q and v, in the ViT and
@@ -137,7 +137,7 @@ for (model, targets), values in ratios.items():
 #   s = c/√r, the norm of Adam's first update of a linear does not depend on r (lesson 4). So adapters on more linears
 #   start with a larger total update. This comparison does not separate the two.
 # - **Norms.** For BLIP, ‖ΔW‖/‖W₀‖ is larger if only q and v are adapted, and it is larger in the last layer than in the first.
-#   The increase from the first layer to the last is smallest if all linears of the text model are adapted: about 10 % to 30 % with
+#   The increase from the first layer to the last is smallest if all linears of the text model are adapted: at most about 30 % with
 #   the three seeds. A larger update is not always a better one: the ViT with q and v has the largest relative updates of BLIP and
 #   the lowest score.
 #
@@ -180,7 +180,8 @@ mean = {key: sum(values) / len(values) for key, values in ratios.items()}
 for targets in (vit, text):
     assert mean["assets/tiny-blip", targets] < mean["assets/tiny-blip", f"{targets}.q,{targets}.v"]
 assert mean["assets/tiny-blip", vit_qv] == max(value for (model, _), value in mean.items() if model == "assets/tiny-blip")
-assert all(values[-1] > values[0] for (model, _), values in ratios.items() if model == "assets/tiny-blip")
+increase = {targets: values[-1] / values[0] for (model, targets), values in ratios.items() if model == "assets/tiny-blip"}
+assert 1 < increase[text] == min(increase.values()) < 1.5
 
 # %% [markdown]
 # ## Exercises
