@@ -190,7 +190,8 @@ show(figure, "rounding")
 #
 # ## What to remember
 #
-# - A merge is one rounding of W₀ + ΔW. In float32 it changes nothing that matters. In 16 bits, a small update is mostly lost.
+# - A merge is one rounding of W₀ + ΔW. In float32 it changes nothing that matters. In 16 bits, a large part of a small
+#   update is lost.
 # - Subtracting ΔW does not give back every bit of W₀. It takes more information, such as a copy of the adapted weights.
 # - Start every merge from W₀, with the sum of all updates.
 #

@@ -180,8 +180,8 @@ axis.tick_params(length=0)
 show(figure, "answers")
 
 # %% [markdown]
-# The columns *closure* and *hook* differ in two rows. The closure remembers the adapter of the first model, so the copy uses
-# the adapter of its original, without an error. And Python cannot pickle a lambda or a function inside a function. A top-level
+# The columns *closure* and *hook* differ in two rows. The closure remembers the adapter of the original model, so the copy
+# uses that adapter, without an error. And Python cannot pickle a lambda or a function inside a function. A top-level
 # function remembers no adapter, and is pickled by its name. In the other rows, the two columns are equal.
 #
 # None of the three ways acts in `F.linear(x, m.weight)`: the code reads the weight and never calls the module. With a hook, the

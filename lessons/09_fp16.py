@@ -170,8 +170,9 @@ for power, dtype in ((0, torch.float16), (16, torch.float32), (16, torch.bfloat1
     assert (loss != loss and names[0] == target) if (power, dtype) == (16, torch.float16) else (loss == loss and not names)
 
 # %% [markdown]
-# The value spreads to the later modules, so only the first name matters. If a loss is not finite, `lora_blip` does the same search, and
-# prints the name (`first_nonfinite` in `lora_blip/training/preflight.py`). bf16 and float32 have room for such values.
+# `inf` and `nan` spread to the later modules, so only the first name matters. If a loss is not finite, `lora_blip` does the same
+# search, and prints the name (`first_nonfinite` in `lora_blip/training/preflight.py`). In bf16 and float32, the same large outputs
+# are finite.
 #
 # ## Why adapters stay in float32
 #

@@ -90,8 +90,9 @@ lora_blip.eject(base)
 # ## 2 · The rank of DoRA's update
 #
 # W' − W₀ = diag(g − 1) W₀ + diag(g) ΔW. The second term has rank r, but the first has the rank of W₀ if no element of g
-# is 1. (A singular value may be lost in the rounding errors of float32.) So the file of a LoRA adapter with a small r cannot store it exactly. The best matrix of rank 8 keeps the eight largest
-# singular values.
+# is 1. So the rank of the sum is at least the rank of W₀ minus r. (A singular value may be lost in the rounding errors of
+# float32.) The file of a LoRA adapter with a small r cannot store this update exactly. The best matrix of rank 8 keeps the
+# eight largest singular values.
 
 
 # %%
