@@ -93,12 +93,7 @@ record("KL of colours, adapter", colours)
 record("KL of cube, of, the, left, adapter", fixed)
 assert colours > 5 * fixed and by_word["orange"]["adapter"] < 0.7 * colours
 assert min(by_word[word]["adapter"] for word in ("single", "on", "to")) > 2 * fixed
-after_single = {True: [], False: []}  # is it orange? → KL
-for i, row in enumerate(names):
-    for t in range(1, len(row)):
-        if row[t - 1] == "single":
-            after_single[row[t] == "orange"].append(kl["adapter"][i, t].item())
-assert len(after_single[True]) == 2 and sum(after_single[True]) / 2 > sum(after_single[False]) / len(after_single[False])
+assert min(kl["adapter"][i, r.index("orange")] for i, r in enumerate(names) if {"single", "orange"} <= {*r}) > 0.7 * colours
 for first, both in (("an ", "an orange cube"), *((colour, f"{colour} cube") for colour in COLOURS)):
     assert all(text.count(first) == text.count(both) for text in captions)
 
@@ -113,7 +108,7 @@ show(figure, "words")
 # %% [markdown]
 # Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. So does "a": for another image, "an" may
 # be right, or at the start "no" ("no cube is present in the image"). "orange" depends on the image less than the other colours:
-# usually the word "an" announces it. After "single" (two captions), it depends on the image as much as other colours. With the
+# usually the word "an" announces it. After "single" (two captions), it depends on the image about as much as other colours. With the
 # adapter, "of", "the" and "left" follow almost completely from the words before, and "cube" mostly.
 #
 # ## Cross-attention
