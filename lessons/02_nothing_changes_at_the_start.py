@@ -151,7 +151,7 @@ for name, curve in curves.items():
     axes.plot(curve, label=name)
 axes.axhline(loss_of_base.item(), color="grey", linestyle=":", linewidth=1, label="the base, first 16 images")
 axes.set(xlabel="optimizer steps", ylabel="loss per token", title="A random B starts above the base", ylim=(0, None))
-axes.legend()
+axes.legend(frameon=True)  # the dotted line would cross its text
 show(figure, "start")
 
 # %% [markdown]
