@@ -7,7 +7,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,7 +166,7 @@ def check_columns(config: Any, *settings: str) -> None:
     """Call `refuse_unknown_columns` for the files in these settings of a command."""
     for setting in settings:
         if source := getattr(config, setting):
-            with of_two_files(source) if setting == "val_annotations" else nullcontext():
+            with of_two_files(source, setting):
                 refuse_unknown_columns(source, keys_of(config), setting)
 
 

@@ -41,12 +41,15 @@ def meant(ours: str, name: str, header: Sequence[str]) -> str:
 
 
 @contextmanager
-def of_two_files(source: str | Path) -> Iterator[None]:
-    """Add to an error about the columns of the validation file how to convert it: the flags name the columns of both files."""
+def of_two_files(source: str | Path, setting: str = "val_annotations") -> Iterator[None]:
+    """Add to an error about the columns of the validation file how to convert it: the flags name the columns of both files.
+
+    setting: the setting that names the file. If it is not val_annotations, the error does not change.
+    """
     try:
         yield
     except DataError as error:
-        if not (match := UNKNOWN.search(str(error))):
+        if setting != "val_annotations" or not (match := UNKNOWN.search(str(error))):
             raise
         command = f"lora-blip prepare --source {quoted_for_shell(str(source))} --splits 1 --output-dir prepared"
         raise DataError(
@@ -71,6 +74,14 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
     others = [key for key in entry if key not in named.values()]
     fix = meant(wrong[0], name, others).strip()
     return f"it has no {quoted(name)}; its keys are {shorten(quoted(list(entry))[1:-1])}{'; ' * bool(fix)}{fix}"
+
+
+def renamed(entry: Entry, named: Mapping[str, str]) -> Entry | str:
+    """Return an entry with our keys in place of the names that the user gives, or the reason of `unknown_name`."""
+    ours = {name: key for key, name in named.items()}
+    return unknown_name(entry, named) or {
+        ours.get(key, key): value for key, value in entry.items() if key in ours or key not in ours.values()
+    }
 
 
 def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[str]]) -> str:
@@ -117,4 +128,9 @@ def _asks(column: int, below: Sequence[Sequence[str]]) -> bool:
 
 
 def _flag(ours: str, name: str) -> str:
-    return f'--{"answer" if ours == "answers" else ours}-key "{name.strip()}"'
+    return f'{key_flag(ours)} "{name.strip()}"'
+
+
+def key_flag(ours: str) -> str:
+    """Return the flag that names a key: --image-key, --text-key, --question-key or --answer-key."""
+    return f"--{'answer' if ours == 'answers' else ours}-key"

@@ -72,20 +72,19 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     without these keys is valid too.
     """
     rest = dict(entry)
-    key = first_key(entry, IMAGE_KEYS)
-    image = _path_in(_take(rest, IMAGE_KEYS))
+    key = first_key(rest, IMAGE_KEYS)
     if key is None:
         return (
             f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path{_keys_to_name(rest, no_image=True)}"
         )
+    image = _path_in(rest.pop(key))
     if not isinstance(image, str) or not image.strip():
         value = "null" if image is None else quoted(image) if image != "" else "empty"
         return f"no image: {quoted(key)} is {value}; expected the path of an image"
     if not is_path(image):
         corrected = image.translate(LETTERS)
         if corrected != image and "\n\n" not in image and is_path(corrected):
-            first = first_key(entry, IMAGE_KEYS) or "image"
-            return UNESCAPED.format(pasteable(json.dumps(entry | {first: corrected}, ensure_ascii=False, default=str)))
+            return UNESCAPED.format(pasteable(json.dumps(entry | {key: corrected}, ensure_ascii=False, default=str)))
         return f"the image is not a valid path: {quoted(image)}"
     try:
         result = {"image": image} | (_question(rest, answered) if "question" in rest else _caption(rest)) | _prompt(rest) | rest

@@ -1,6 +1,5 @@
 """Find the images of the setting `images`: a folder, a glob, a list or tar shards."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -72,7 +71,7 @@ class ImageSource:
 
     def _images(self, others: Counter[str]) -> Iterator[Example]:
         path = Path(self.setting)
-        if re.match("https?://", self.setting):
+        if self.setting.startswith(("http://", "https://")):
             address = quoted_for_shell(self.setting)
             raise ImageError(printable(f"{self.setting} is a web address; download it first: curl -O {address}"))
         if path.is_file() and path.suffix.lower() in TABLES:

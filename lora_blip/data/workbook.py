@@ -1,6 +1,5 @@
 """Read the sheet of an Excel workbook (.xlsx) that has the images and texts, if openpyxl is installed."""
 
-import functools
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -116,6 +115,8 @@ def _merged_cells(path: Path, sheet: Any) -> Merged:
     name = getattr(sheet, "_worksheet_path", "")  # not a documented attribute
     if not name:
         return result
+    from openpyxl.utils import column_index_from_string
+
     with zipfile.ZipFile(path) as archive, archive.open(name) as file:
         while (part := file.read(2**20)) and count < MOST_MERGED:
             rest += part
@@ -123,15 +124,10 @@ def _merged_cells(path: Path, sheet: Any) -> Merged:
             for match in MERGED.finditer(rest):
                 column, first, last, end = match[1].decode(), int(match[2]), int(match[3]), match.end()
                 if first < last:
-                    result.setdefault(first, {})[_number_of(column) - 1] = last
+                    result.setdefault(first, {})[column_index_from_string(column) - 1] = last
                     count += 1
             rest = rest[max(end, len(rest) - 100) :]
     return result
-
-
-def _number_of(column: str) -> int:
-    """Return 1 for column A, 2 for B, 27 for AA."""
-    return functools.reduce(lambda number, letter: 26 * number + ord(letter) - 64, column, 0)
 
 
 def _fill(cells: list[str], number: int, merged: Merged, open_cells: dict[int, tuple[str, int]]) -> None:

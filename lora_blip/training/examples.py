@@ -1,7 +1,6 @@
 """Read the training and validation lines of a run, and split them."""
 
 import random
-from contextlib import nullcontext
 
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, splits
@@ -85,8 +84,8 @@ def read_file(
     lines_by_split: if given, the lines are also added to it by the value of their column `split`.
     """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
-    is_validation = source == config.val_annotations
-    with phase(f"reading {source}"), of_two_files(source) if is_validation else nullcontext():
+    setting = "val_annotations" if source == config.val_annotations else "annotations"
+    with phase(f"reading {source}"), of_two_files(source, setting):
         examples, _ = annotations.read(
             source,
             config.image_root,
@@ -99,7 +98,7 @@ def read_file(
             keys=keys_of(config),
             splits=lines_by_split,
             groups=groups,
-            setting="val_annotations" if is_validation else "annotations",
+            setting=setting,
         )
     if report := task.unknown_report(examples):
         print(report)

@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.columns import flags, unknown_name
+from lora_blip.data.columns import flags, renamed, unknown_name
 from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, LeftOut, Located, first_key
 from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
@@ -125,11 +125,10 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
         yield at, str(row["reason"]) if "reason" in row else LeftOut(row["left_out"])
         return
     named = {key: name for key, name in keys.named.items() if key != "image"}
-    if reason := unknown_name(entry, named):
-        yield at, reason
+    entry = renamed(entry, named)
+    if isinstance(entry, str):
+        yield at, entry
         return
-    ours = {name: key for key, name in named.items()}
-    entry = {ours.get(key, key): value for key, value in entry.items() if key in ours or key not in ours.values()}
     if needs_conversion(entry):
         yield from converted(at, entry)
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data import formats
-from lora_blip.data.columns import unknown_name
+from lora_blip.data.columns import key_flag, renamed
 from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, Located, several
 from lora_blip.data.formats import NO_KEYS, Keys
@@ -68,7 +68,7 @@ class Source:
             encoding, note = formats.describe_encoding(self.path, is_table)
             delimiter = table_delimiter(self.path, self.format, encoding, self.keys) if is_table else ""
             format_text += f", {DELIMITERS[delimiter]} between columns" if delimiter else ""
-        flags = ", ".join(f"--{'answer' if ours == 'answers' else ours}-key" for ours in self.keys.named)
+        flags = ", ".join(map(key_flag, self.keys.named))
         unused = f"{flags} has no effect: the keys of {self.format} are fixed" * bool(flags and self.format not in WITH_KEYS)
         return [source_line(self.path, entries, format_text, root), *filter(None, [note, unused])]
 
@@ -193,17 +193,11 @@ def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Itera
 
     An entry without a key that the user names is replaced by a reason.
     """
-    named = {name: ours for ours, name in keys.named.items()}
-    for at, entry in entries():
+    for at, raw in entries():
+        entry = renamed(raw, keys.named) if isinstance(raw, dict) else raw
         if not isinstance(entry, dict):
             yield at, entry
             continue
-        if reason := unknown_name(entry, keys.named):
-            yield at, reason
-            continue
-        entry = {key: value for key, value in entry.items() if key not in named.values()} | {
-            named[key]: value for key, value in entry.items() if key in named
-        }
         yield from (
             converted(at, entry) if needs_conversion(entry) else [(at, entry)] if "question" in entry else several(at, entry)
         )
