@@ -45,6 +45,7 @@ class Way:
 
     name: str
     update: bool = False
+    short: bool = False
     attention: bool = False
     packed: bool = False
     cast: bool = False
@@ -54,6 +55,7 @@ class Way:
 
 WAYS = (
     Way("the update in one function", update=True),
+    Way("the short update of small linears", update=True, short=True),
     Way("attention, MLPs and products", attention=True),
     Way("texts of a picture packed", packed=True),
     Way("frozen weights cast once", cast=True, precisions=("bf16",)),
@@ -69,6 +71,7 @@ def losses(how: Way, precision: str) -> list[float]:
     attention.fast(backbone.model, how.attention)
     injection.inject(backbone.model, targets.find(backbone.model, "vit,text", R, ALPHA))
     attached.fast(backbone.model, how.update)
+    paths.use(replace(paths.row(), fused=paths.NEVER if how.short else 0))
     if how.cast:
         weights.cast_once(backbone, precision)
     if how.compiled:
@@ -119,7 +122,7 @@ def rows() -> Iterator[tuple[str, str, float, list[float], list[float]]]:
 
 def main() -> int:
     # without limits, the tiny base takes every path
-    paths.use(replace(paths.row(), onednn=0, onednn_narrow=0, fused=0, gelu_bytes=0, by_heads=0))
+    paths.use(replace(paths.row(), onednn=0, onednn_narrow=0, gelu_bytes=0, by_heads=0))
     print(f"{'':44}{'bound':>7}{'largest':>10}   losses of steps 1, 5, 10, 15, 20: plain above, fast below")
     whole = True
     for name, precision, bound, plain, fast in rows():

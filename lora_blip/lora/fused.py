@@ -9,13 +9,16 @@ Without this function, autograd keeps a 16-bit copy of W for each linear under a
 extra pass over memory. Here, a pre-hook gives the linear x without its graph, so that autograd does not record the frozen
 product. Only x, h (r columns) and, under autocast, 16-bit copies of A and B are kept.
 
-Tests compare the results with those of `lora_hook`. `lora_hook` itself runs for a small linear on a CPU, because it is faster
-there, and if the results could differ:
+Tests compare the results with those of `lora_hook`. This function is not used for a small linear on a CPU, because it is slower
+there. It is also not used without gradients, and if the results could differ:
 
 - there is dropout, or not every adapter acts on every row;
 - a weight is quantized or merged, or the linear has other hooks;
 - the adapter is of a class that is not in `variants.FUSED`;
 - the call is inside a transform of torch.func, or under torch.compile, which fuses kernels itself.
+
+In these cases `short_update` runs if the linear has one adapter, without dropout, for all output features of all rows. It has
+fewer operations than `lora_hook`, and autograd records them. In all other cases `lora_hook` itself runs.
 
 The fused update has no second derivatives: to compute them, call `attached.fast(model, False)`.
 """
@@ -66,10 +69,31 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def fused_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Add the updates by `updated` if the pre-hook has stored the input, else by `lora_hook` (a hook with keywords)."""
-    if linear.lora.pending.x is None:
-        return lora_hook(linear, args, kwargs, output)
-    return updated(linear, output)
+    """Add the updates by `updated` if the pre-hook has stored the input, else by `short_update` or `lora_hook`."""
+    if linear.lora.pending.x is not None:
+        return updated(linear, output)
+    return short_update(linear, args[0], output) if is_short(linear, args, output) else lora_hook(linear, args, kwargs, output)
+
+
+def is_short(linear: Any, args: tuple[Any, ...], output: Tensor) -> bool:
+    """Return True if `short_update` computes the update: one adapter, for all output features of all rows, without dropout."""
+    stack = linear.lora
+    routing = stack.routing
+    if len(stack) != 1 or len(args) != 1 or stack.merged or not routing.fast or routing.used or torch.compiler.is_compiling():
+        return False
+    (lora,) = stack.values()
+    if type(lora) not in FUSED or any(lora.padding) or (lora.dropout and lora.training) or is_plain():
+        return False
+    if torch.is_autocast_enabled(output.device.type):
+        return bool(output.dtype == torch.get_autocast_dtype(output.device.type))
+    return bool(args[0].dtype == output.dtype == lora.A.dtype)  # else `lora_hook` computes the update in float32
+
+
+def short_update(linear: Any, x: Tensor, output: Tensor) -> Tensor:
+    """Return y + s · B A x. One operation, `addmm`, multiplies by B and s and adds y. `lora_hook` needs three for this."""
+    (lora,) = linear.lora.values()
+    h = as_matrix(x).mm(lora.A.t())
+    return torch.addmm(as_matrix(output), h, lora.B.t(), alpha=lora.scale).view(output.shape)
 
 
 def updated(linear: Any, output: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.kernels import paths, sdpa, vit
-from lora_blip.kernels.linear import has_kernel
+from lora_blip.kernels.linear import QuickLinear, has_kernel
 from lora_blip.lora import attached, injection
 from lora_blip.lora.sites import Site
 from lora_blip.runtime.files import make_folder, write_whole
@@ -23,7 +23,17 @@ from lora_blip.runtime.files import make_folder, write_whole
 Run = Callable[[], object]
 SECONDS = 0.3  # of one comparison of two paths
 TURN = 2e-3  # seconds of one turn: short products are repeated
-PRODUCTS = ((32, 128), (74, 128), (74, 256), (200, 256), (200, 512), (394, 512), (394, 768))  # (rows, width)
+PRODUCTS = (  # (rows, width, features)
+    (74, 128, 128),
+    (74, 128, 512),
+    (148, 128, 512),
+    (200, 256, 256),
+    (148, 256, 1024),
+    (200, 512, 512),
+    (394, 512, 512),
+    (394, 768, 768),
+)
+NARROW_PRODUCTS = ((32, 128), (74, 128), (74, 256), (200, 256), (200, 512), (394, 512), (394, 768))  # (rows, width)
 LINEARS = ((40, 32), (74, 128), (200, 128), (200, 256), (394, 512), (394, 768))
 ATTENTIONS = ((2, 2, 197), (2, 6, 197), (2, 12, 197), (1, 12, 577), (2, 12, 577))  # (images, heads, states)
 R = 8
@@ -69,8 +79,9 @@ def measured_row(row: paths.PathLimits, report: Report) -> paths.PathLimits:
     """Return the row with limits measured on this machine. The limits that are already measured apply to later measurements."""
     row = replace(row, onednn=paths.NEVER, onednn_narrow=paths.NEVER)
     if has_kernel():
-        wide, narrow = ([product_paths(rows, width, out or width) for rows, width in PRODUCTS] for out in (0, R))
-        row = replace(row, onednn=limit("oneDNN", wide, report), onednn_narrow=limit("oneDNN, A or B", narrow, report))
+        narrow = limit("oneDNN, A or B", [product_paths(*shape, R) for shape in NARROW_PRODUCTS], report)
+        row = replace(row, onednn_narrow=narrow)
+        row = replace(row, onednn=limit("oneDNN", [frozen_paths(*shape) for shape in PRODUCTS], report))
     paths.use(row)
     row = replace(row, fused=limit("fused update", [update_paths(*shape) for shape in LINEARS], report))
     separate = limit("separate 16-bit attention", [separate_paths(*shape) for shape in ATTENTIONS], report)
@@ -126,6 +137,21 @@ def product_paths(rows: int, width: int, features: int) -> PathPair:
     x, weight = torch.randn(rows, width), torch.randn(features, width)
     onednn = torch.ops.mkldnn._linear_pointwise
     return PathPair(rows * width * features, lambda: onednn(x, weight, None, "none", [], ""), lambda: F.linear(x, weight))
+
+
+def frozen_paths(rows: int, width: int, features: int) -> PathPair:
+    """Return forward and backward of a frozen linear, by oneDNN and by PyTorch.
+
+    The time includes the Python code of `linear.FrozenProduct`, which PyTorch's product does not need.
+    """
+    linear = QuickLinear(width, features).requires_grad_(False)
+    x, dy = torch.randn(rows, width, requires_grad=True), torch.randn(rows, features)
+
+    def run(size: int) -> None:
+        paths.use(replace(paths.row(), onednn=size))
+        torch.autograd.grad(linear(x), x, dy)
+
+    return PathPair(rows * width * features, lambda: run(0), lambda: run(paths.NEVER))
 
 
 def update_paths(rows: int, width: int) -> PathPair:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_blip.kernels import paths
+from lora_blip.kernels.linear import FrozenProduct, has_kernel
 from lora_blip.lora import tuning
 from lora_blip.lora.tune_command import NoSettings, tune
 from tests.kernels.test_paths import ROW
@@ -34,18 +35,36 @@ def test_both_sides_of_each_comparison_compute_the_same(monkeypatch):
     results: list[tuple[torch.Tensor, ...]] = []
     real = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *given: results.append(real(*given)))
-    for pair in (tuning.separate_paths(1, 2, 9), tuning.by_heads_paths(1, 2, 9)):
+    pairs = [
+        (tuning.frozen_paths(5, 16, 8), 1e-5),
+        (tuning.separate_paths(1, 2, 9), 5e-2),
+        (tuning.by_heads_paths(1, 2, 9), 5e-2),
+    ]
+    for pair, bound in pairs:
         results.clear()
         pair.fast(), pair.other()
         for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, rtol=5e-2, atol=5e-2)
+            torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+
+
+def test_the_two_sides_of_a_frozen_linear_take_the_two_paths(monkeypatch):
+    """Only the fast side calls `FrozenProduct`, whose Python code is a part of its time."""
+    taken: list[torch.Size] = []
+    apply = FrozenProduct.apply
+    monkeypatch.setattr(FrozenProduct, "apply", lambda x, *given: taken.append(x.shape) or apply(x, *given))
+    pair = tuning.frozen_paths(20, 32, 24)
+    pair.other()
+    assert not taken
+    pair.fast()
+    assert taken == ([torch.Size((20, 32))] if has_kernel() else [])
 
 
 def test_tune_stores_the_row_beside_those_of_other_machines_and_changes_no_running_process(tmp_path, monkeypatch, capsys):
     """The time of a comparison is shortened. The new file is used by `measured`."""
     file = tmp_path / "folder" / "paths.json"
     monkeypatch.setattr(paths, "tuned_file", lambda: file)
-    for name in ("PRODUCTS", "LINEARS"):
+    monkeypatch.setattr(tuning, "PRODUCTS", ((8, 16, 16),))
+    for name in ("NARROW_PRODUCTS", "LINEARS"):
         monkeypatch.setattr(tuning, name, ((8, 16),))
     monkeypatch.setattr(tuning, "ATTENTIONS", ((1, 2, 9),))
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
