@@ -155,15 +155,15 @@ axes.legend(frameon=True)  # the dotted line would cross its text
 show(figure, "start")
 
 # %% [markdown]
-# The run that starts at $B = 0$ begins with the loss of the base on its first eight images. The dotted line is the loss of the base on the
-# first 16 images of the training set. $B$ starts at zero, and Adam changes each entry by about the learning rate in each step, so
+# The run that starts at $B = 0$ begins with the loss of the base on the first batch, eight images drawn at random. The dotted line is
+# the loss of the base on the first 16 images of the training set. $B$ starts at zero, and Adam changes each entry by about the learning rate in each step, so
 # $\Delta W$ stays small in the first steps. The second run begins higher, and it also ends higher. In between, from step 5 to 11,
 # it is lower on average. The size of the gap at the end depends on the seed.
 #
 # Why is it lower in between? A change $\Delta A$ changes the output by $\frac{\alpha}{r} B \, \Delta A \, x$. With $B = 0$ at the
 # start, $B$ is small in the first steps, so training $A$ has little effect. A random $B$ is large from the start. The third run
 # tests this: with a frozen $A$, the mean loss of the steps 5 to 11 is higher than that of the second run. It is near that of the
-# first run, or above it. So without training $A$, most of the advantage is lost.
+# first run, or above it. So at least a part of the advantage comes from training $A$.
 #
 # The cell asserts these comparisons of the three runs. They hold for the seeds 0, 1 and 2.
 #

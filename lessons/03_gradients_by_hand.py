@@ -86,6 +86,9 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
+# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. `fused_hook` computes the linear and its update as one
+# autograd function, with the backward pass above. `inject` adds `fused_hook`.
+#
 # $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
 # $n k$ numbers. The hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for
 # $\partial L / \partial W = dY^\top X$. So for one linear, LoRA does **not reduce the memory of activations**. It reduces the memory of
@@ -119,8 +122,8 @@ def saved_bytes(linear, x, autocast):
 k, d, r, images, rows = 128, 512, 8, 8, 37
 backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
 lora_blip.inject(backbone, "vit", r=r, alpha=32.0)
-always_fused()  # by default, the size of the linear and the processor decide
-fused = backbone.model.vision_model.encoder.layers[0].mlp.fc1  # with the fused hook, which `inject` adds
+always_fused()  # by default, a small linear on a CPU does not use the fused update
+fused = backbone.model.vision_model.encoder.layers[0].mlp.fc1  # with `fused_hook`
 plain = nn.Linear(k, d).requires_grad_(False)
 plain.lora = AdapterStack({"default": LoRA(Site("fc1", r=r, alpha=32.0), k, d)})
 plain.register_forward_hook(lora_hook, with_kwargs=True)
@@ -170,7 +173,8 @@ show(figure, "saved")
 #
 # ## Exercises
 #
-# 1. With dropout, the update is $s B A (m \odot x)$ ($\odot$: entry by entry), and the mask $m$ contains 0 and $1 / (1 - p)$. Derive the
+# 1. With dropout, the update is $s B A (m \odot x)$ ($\odot$: entry by entry), and the mask $m$ contains 0 with the
+#    probability $p$, and otherwise $1 / (1 - p)$. Derive the
 #    three gradients. Write the forward pass yourself, with a mask that you draw. A right answer equals autograd in float64, with
 #    relative differences below $10^{-12}$.
 # 2. Write the update alone, $s B A x$ without $W_0 x$, as a `torch.autograd.Function` that keeps $X$ but not $H$. A right answer passes

@@ -191,7 +191,7 @@ def train(adapters, optimizer_class, lr, init=1.0, steps=5, of_b=None, **options
 after = {}
 for rule in ("α/r", "α/√r"):
     for r in (1, 8, 64):
-        alpha = 32 if rule == "α/r" else 32 * (r / 8) ** 0.5  # the library divides by r, so α must grow like √r
+        alpha = 32 if rule == "α/r" else 32 * (r / 8) ** 0.5  # `new_adapters` divides by r, so α must grow like √r
         losses, delta = train(new_adapters(r, alpha), torch.optim.Adam, lr=3e-3, steps=10)
         after[rule, r] = losses[-1], delta.norm().item()
         print(f"s = {rule:<5} r = {r:<3} loss {losses[0]:.2f} → {losses[-1]:.2f}, norm of ΔW {delta.norm():.1f}")
@@ -280,7 +280,8 @@ assert torch.allclose(doubled[1], adam[1], atol=1e-2 * adam[1].abs().max())
 #
 # ## What to remember
 #
-# - α/r and α/√r keep different sizes constant when r changes. If you compare ranks, say which rule you use, and why.
+# - With Adam, α/r keeps the gain of the first update when r changes, and α/√r keeps its norm. With SGD, α/√r keeps the gain, and
+#   no rule keeps the norm. If you compare ranks, say which rule you use, and why.
 # - α and η are two settings because the size of A₀ is fixed. If A₀ were scaled too, one of them would be enough.
 # - With Adam and α/r, the gain of the first step stays when r doubles and α and η remain. The norm of ΔW falls by
 #   a factor of √2.

@@ -15,9 +15,10 @@ from typing import Any
 
 from PIL import Image
 
+from lora_blip.data import columns
 from lora_blip.data.columns import of_two_files
 from lora_blip.data.decoding import undecodable
-from lora_blip.data.entries import IMAGE_NAME, LeftOut, Located, Location
+from lora_blip.data.entries import LeftOut, Located, Location
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
@@ -209,9 +210,7 @@ def _find_moved(
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
         first = next(iter(builder.firsts))
         fix = long_path_advice(builder.root / first) or "set IMAGE_ROOT (--image-root) to the folder of the images"
-        texts = [example.text for example in builder.firsts.values()]
-        if all(map(IMAGE_NAME.fullmatch, texts)):
-            fix = f"its texts are names of images, such as {quoted(texts[0])}: swap the names of the two columns or keys"
+        fix = columns.swapped([example.text for example in builder.firsts.values()]) or fix
         text = f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; {quoted(first)} "
         raise DataError(printable(f"{text}does not exist there; {fix}"))
     return missing if decode else {}

@@ -84,6 +84,13 @@ def renamed(entry: Entry, named: Mapping[str, str]) -> Entry | str:
     }
 
 
+def swapped(texts: Sequence[str]) -> str:
+    """Return the fix for a source whose texts are all names of images, or ""."""
+    if not texts or not all(map(IMAGE_NAME.fullmatch, texts)):
+        return ""
+    return f"its texts are names of images, such as {quoted(texts[0])}: swap the names of the two columns or keys"
+
+
 def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[str]]) -> str:
     """Return flags such as --text-key "words", which name the columns that are most likely the image and the text.
 

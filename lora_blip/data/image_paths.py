@@ -7,13 +7,12 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from lora_blip.data.images import SUFFIXES
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import missing_file
 from lora_blip.runtime.untrusted import quoted
-from lora_blip.runtime.user_paths import similar_without_suffix
+from lora_blip.runtime.user_paths import local_path, similar_without_suffix
 
 MOST_FILES = 2_000_000  # largest number of files of an image root that are listed
 SUGGESTED = 20  # missing images whose messages suggest an existing name
@@ -63,10 +62,10 @@ class ImageFinder:
         for path in self._spellings(written):
             if os.path.lexists(path):
                 return path, ""
-        path, reason = self._search(_local(written))
+        path, reason = self._search(local_path(written))
         if not path and self.any_case:
             self.any_case.names = self.any_case.names or self._index_in_any_case()
-            path, other_reason = self.any_case._search(_local(written))
+            path, other_reason = self.any_case._search(local_path(written))
             reason = other_reason if other_reason.endswith(SEVERAL) else reason
         if not path:
             return "", reason
@@ -101,7 +100,7 @@ class ImageFinder:
     def _spellings(self, written: str) -> Iterator[str]:
         """Yield the paths that a written path may mean: as it is, with slashes, and with ~ and variables expanded."""
         yield str(self.root / written)
-        if (local := _local(written)) != written:
+        if (local := local_path(written)) != written:
             yield str(self.root / local)
         if "\\" in written:
             written = written.replace("\\", "/")
@@ -198,14 +197,6 @@ class ImageFinder:
 
 def _folded(folders: Folders) -> Folders:
     return tuple(map(str.casefold, folders))
-
-
-def _local(written: str) -> str:
-    """Return the path of a file URI, such as file:///home/me/my%20photos/1.jpg, or any other path unchanged."""
-    if not written.lower().startswith("file:"):
-        return written
-    path = unquote(urlsplit(written).path)
-    return path[1:] if re.match("/[A-Za-z]:", path) else path
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -31,7 +31,7 @@ from lora_blip.errors import ImageError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.runtime.user_paths import suggestion
+from lora_blip.runtime.user_paths import local_path, suggestion
 
 TABLES = (".csv", ".tsv", ".json", ".xlsx", ".parquet", ".arrow")  # suffixes of annotations that are not read as lists
 MAX_LISTED = 8  # largest number of suffixes in the message about other files
@@ -51,7 +51,7 @@ class ImageSource:
     """
 
     def __init__(self, setting: str | Path) -> None:
-        self.setting = str(setting)
+        self.setting = local_path(str(setting))
         self.others: Counter[str] = Counter()
         problem = ""
         for example in self:
@@ -141,7 +141,7 @@ def in_text(path: Path, others: Counter[str]) -> Iterator[Example]:
         if line is None:
             yield missing(f"{path}:{number}", f"{path}:{number}: {TOO_LONG}")
         else:
-            yield from in_file(path.parent / line.strip(), others)
+            yield from in_file(path.parent / local_path(line.strip()), others)
 
 
 def in_jsonl(path: Path, others: Counter[str]) -> Iterator[Example]:
@@ -156,7 +156,7 @@ def in_jsonl(path: Path, others: Counter[str]) -> Iterator[Example]:
             yield missing(f"{path}:{number}", f"{path}:{number}: {reason}")
         else:
             prompt = plain(as_text(entry.get("prompt")) or "")
-            examples = in_file(path.parent / image, others)
+            examples = in_file(path.parent / local_path(image), others)
             yield from (replace(example, prompt=prompt) for example in examples) if prompt else examples
 
 

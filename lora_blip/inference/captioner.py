@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
+
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import plain
 from lora_blip.errors import InputError, LoRAError
@@ -154,9 +156,14 @@ class Captioner:
         """Return the backbone. `backbone.model` is the model of transformers."""
         return self.runner.task.backbone
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the backbone."""
+        return self.backbone.device
+
     def __repr__(self) -> str:
         adapter = str(self.adapter.path) if self.adapter else None
-        base, device = self.backbone.name, str(self.backbone.device)
+        base, device = self.backbone.name, str(self.device)
         return f"Captioner(task={self.task!r}, base={base!r}, adapter={adapter!r}, device={device!r})"
 
     # ---- calls

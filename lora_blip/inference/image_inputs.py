@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_blip.data.images import LARGEST, LARGEST_FILE, open_image, to_rgb, upright
 from lora_blip.errors import ImageError, InputError
 from lora_blip.runtime.untrusted import printable, shorten
+from lora_blip.runtime.user_paths import local_path
 
 
 class BinaryFile(Protocol):
@@ -195,7 +196,7 @@ def open_input(image: Any, name: str) -> Image.Image:
                 printable(f"{image} is a web address, and lora_blip downloads no images; download it first: curl -O {image}")
             )
         _check_path(str(image))
-        return open_image(image)
+        return open_image(local_path(str(image)))
     if isinstance(image, bytes | bytearray | memoryview):
         return open_image(name, BytesIO(image))
     if isinstance(image, Image.Image):

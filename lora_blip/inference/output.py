@@ -36,7 +36,7 @@ from lora_blip.runtime.files import (
     write_whole,
 )
 from lora_blip.runtime.runs import PEFT_CONFIG, is_peft
-from lora_blip.runtime.system_errors import reading, sync, writing
+from lora_blip.runtime.system_errors import quoted_for_shell, reading, sync, writing
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.runtime.user_paths import is_file
 from lora_blip.tasks.base import PredictionTask
@@ -84,6 +84,12 @@ class Output:
             summary = f"nothing new to write: an earlier run has written {counted(self.predicted, 'line')} of"
         left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
         return f"{summary} {self.path}{left_out}"
+
+    def require_predictions(self) -> None:
+        """Raise ImageError if every image of the run could not be read."""
+        if self.failed and not self.predicted:
+            reasons = quoted_for_shell(str(self.folder / ERRORS_NAME))
+            raise ImageError(f"no image could be read, of {counted(self.failed, 'image')}; the reasons are in {reasons}")
 
     def write(self, results: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
         """Write a line for each example, in order. A killed process loses no written line, and leaves no incomplete one.

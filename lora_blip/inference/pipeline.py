@@ -48,7 +48,8 @@ def infer(config: InferConfig) -> Path:
     An image that cannot be read has a line in errors.jsonl. To resume a stopped run, use the same settings and output_dir.
     Memory does not grow with the number of images, except for the texts of the base with `compare`. Raise ConfigError,
     ModelError, AdapterError, ImageError or DataError before the first image, ConfigError if the disk is full, and
-    signals.Stopped after Ctrl-C or a signal of a scheduler, as soon as the current batch is written. In peft: no equivalent.
+    signals.Stopped after Ctrl-C or a signal of a scheduler, as soon as the current batch is written. Raise ImageError at the
+    end if no image could be read. In peft: no equivalent.
 
     >>> predictions = lora_blip.infer(lora_blip.InferConfig(adapter="latest", images="image_test"))
     >>> predictions.name
@@ -110,6 +111,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         if config.explain:
             views += explained(runner, examples, lambda: saved_texts(out.path, "text"), "adapter" if adapter else "base")
         conclude(out, config, task, inputs, precision, examples, count, views)
+        out.require_predictions()
     return folder / output.FILE_NAME
 
 

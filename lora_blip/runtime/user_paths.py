@@ -6,8 +6,10 @@ message of an error does not depend on the time at which it is found.
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from lora_blip.errors import ConfigError, DataError
 
@@ -53,6 +55,14 @@ def is_file(text: str, setting: str) -> bool:
         fix = "give the path of a file that exists"
         raise ConfigError(f"{setting} = {text!r}: there is no such file{_searched(text)}; {suggestion(text)}{fix}")
     return exists
+
+
+def local_path(written: str) -> str:
+    """Return the path of a file URI, such as file:///home/me/my%20photos/1.jpg, or any other path unchanged."""
+    if written[:5].lower() != "file:":
+        return written
+    path = unquote(urlsplit(written).path)
+    return path[1:] if re.match("/[A-Za-z]:", path) else path
 
 
 def looks_like_image(text: str) -> bool:

@@ -1,6 +1,7 @@
 """Test that the content decides which files are images, in folders, globs and shards, and that other files are counted."""
 
 import io
+import json
 import os
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from lora_blip.data import annotations
 from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.data.images import FORMATS, kind_of, open_image
 from lora_blip.errors import ImageError
+from lora_blip.inference.image_inputs import open_input
 from lora_blip.inference.pipeline import infer
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
@@ -135,6 +137,28 @@ def test_an_image_that_cannot_be_read_is_in_errors_jsonl_with_what_to_do(tmp_pat
         and "export it as PNG" in error_of["o.eps"]
     )
     assert "not images, left out: 1 file (1 .txt)" in capsys.readouterr().out
+
+
+def test_a_run_in_which_no_image_can_be_read_ends_with_an_error(tmp_path, checkpoints):
+    """The reasons are written before. A second run with the same settings ends with the same error."""
+    folder = write(tmp_path / "photos", {"a.jpg": b"\xff\xd8\xff" + bytes(50), "b.png": b"\x89PNG\r\n\x1a\n"})
+    config = InferConfig(str(checkpoints["blip"]), "none", images=str(folder), output_dir=str(tmp_path / "out"))
+    for _ in range(2):
+        with pytest.raises(ImageError, match=r"no image could be read, of 2 images; the reasons are in .*errors\.jsonl"):
+            infer(config)
+    assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 2
+
+
+def test_file_addresses_are_paths_in_every_kind_of_input(tmp_path):
+    """The setting, a line of a list and an image of a captioner may be addresses such as file:///my%20photos/a.jpg."""
+    folder = write(tmp_path / "my photos", {"a.jpg": content("JPEG")})
+    address = (folder / "a.jpg").as_uri()
+    assert "%20" in address
+    (tmp_path / "list.txt").write_text(f"{address}\n")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": address}) + "\n")
+    for setting in (address, folder.as_uri(), tmp_path / "list.txt", tmp_path / "list.jsonl"):
+        assert [open_example(example).size for example in ImageSource(setting)] == [(16, 12)]
+    assert open_input(address, address).size == (16, 12)
 
 
 def test_formats_that_run_programs_or_read_other_files_are_never_tried():

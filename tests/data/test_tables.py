@@ -313,8 +313,12 @@ def test_other_columns_of_the_validation_file_are_converted(folder, monkeypatch,
 def test_swapped_columns_are_named(folder):
     names = [f"{number}.png" for number in range(30)]
     path = _written(folder / "x.csv", "text,image\n" + "".join(f"{name},a cat of {name[:-4]} years\n" for name in names))
-    with pytest.raises(DataError, match=r"its texts are names of images, such as '0\.png': swap the names of the two columns"):
+    fix = r"its texts are names of images, such as '0\.png': swap the names of the two columns"
+    with pytest.raises(DataError, match=fix):
         annotations.read(path)
+    with pytest.raises(DataError, match=fix):
+        prepare(PrepareConfig(source=str(path), output_dir=str(folder / "prepared")))
+    assert not (folder / "prepared").exists()
 
 
 def test_a_table_without_a_valid_row_or_with_one_column_is_one_error(folder):

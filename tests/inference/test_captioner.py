@@ -475,7 +475,7 @@ def test_an_adapter_predicts_what_infer_writes(workplace, monkeypatch):
         predictions = captioner([line["image"] for line in lines])
         assert [p.text for p in predictions] == [line["text"] for line in lines]
         assert bool(attached.names(captioner.backbone.model)) is not merge
-        assert str(run) in repr(captioner) and captioner.task == "caption"
+        assert str(run) in repr(captioner) and captioner.task == "caption" and captioner.device == captioner.backbone.device
 
 
 def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypatch):

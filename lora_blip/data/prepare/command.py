@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from lora_blip.data import columns
 from lora_blip.data.annotations import many_objects
 from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, LeftOut, Location, canonical
 from lora_blip.data.formats import keys_of
@@ -150,12 +151,14 @@ def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
             data.dropped.append(result)
     if folder.known and all(isinstance(image, str) and "does not exist" in image for image in folder.known.values()):
         example = next(iter(folder.known))
-        fix = long_path_advice(folder.root / example) or "give the folder of the images: --images FOLDER"
+        entries = [entry for _, entry in source.entries() if isinstance(entry, dict)]
+        swapped = columns.swapped([str(entry.get("text", "")) for entry in entries])
+        fix = swapped or long_path_advice(folder.root / example) or "give the folder of the images: --images FOLDER"
         raise DataError(
             f"{source.path}: no image of {len(folder.known):,} is in {folder.root}; {example!r} does not exist there; {fix}"
         )
-    entries = len(data.rows) - before + len(data.dropped) - dropped
-    data.notes += [*source.describe(entries, folder.root), *filter(None, [folder.finder.describe()])]
+    count = len(data.rows) - before + len(data.dropped) - dropped
+    data.notes += [*source.describe(count, folder.root), *filter(None, [folder.finder.describe()])]
 
 
 def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: Folder, data: PreparedData) -> Row | Dropped:
