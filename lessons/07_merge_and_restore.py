@@ -174,8 +174,8 @@ panels[1].legend(loc=(0.55, 0.12))
 show(figure, "rounding")
 
 # %% [markdown]
-# In bf16, the logits with hooks and those with merged weights have about the same error. The bf16 base has this error too, without
-# any adapter. So most of it comes from the other roundings of a bf16 model.
+# In bf16, the logits with hooks and those with merged weights have errors of similar size. The bf16 base has such an error too,
+# without any adapter. So a large part of it comes from the other roundings of a bf16 model.
 #
 # ## Exercises
 #
@@ -198,4 +198,4 @@ show(figure, "rounding")
 # ## Sources
 #
 # - Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv:2106.09685, section 4.1: no additional latency
-# - Higham 2002, *Accuracy and Stability of Numerical Algorithms*, section 2.2: the unit roundoff
+# - Higham 2002, *Accuracy and Stability of Numerical Algorithms*, theorem 2.2: the unit roundoff

@@ -123,7 +123,7 @@ def pickles(way):
         return False
 
 
-def acts_in_functional_call(way):
+def acts_in_f_linear(way):
     """Does the adapter act in F.linear(x, m.weight, m.bias), which never calls the module m?"""
     model = build(way)
     linear = getattr(model[0], "base_layer", model[0])  # the module that has the weight
@@ -160,7 +160,7 @@ def acts_if_added_after_compile(way):
 
 QUESTIONS = {
     "names are kept": keeps_names, "is a Linear": is_linear, "deepcopy is separate": deepcopy_is_separate,
-    "can be pickled": pickles, "acts in F.linear": acts_in_functional_call, "checkpointing": trains_with_checkpointing,
+    "can be pickled": pickles, "acts in F.linear": acts_in_f_linear, "checkpointing": trains_with_checkpointing,
     "compiles whole": compiles_whole, "acts if added\nafter compile": acts_if_added_after_compile,
 }  # fmt: skip
 answers = {question: {way: test(way) for way in WAYS} for question, test in QUESTIONS.items()}
@@ -191,7 +191,7 @@ show(figure, "answers")
 # is never called.
 #
 # Checkpointing works in all three ways, and so does compiling a model that has its adapter already. The last row is a
-# property of `torch.compile`: a compiled graph does not look for new hooks. It notices a replaced module, so only *module*
+# default of `torch.compile`: a compiled graph does not look for new hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`). It notices a replaced module, so only *module*
 # has a yes there. `lora_blip` adds adapters before it compiles.
 
 # %%

@@ -10,11 +10,12 @@
 #
 # ## The numbers of fp16
 #
-# A number in fp16 has 11 significant bits and a small range:
+# A number in fp16 has at most 11 significant bits and a small range:
 #
 # - The largest number is 65504. A result of 65520 or more becomes `inf`. This is an overflow.
 # - The smallest positive number is 2⁻²⁴ ≈ 6·10⁻⁸. A result of at most half of it, 2⁻²⁵, becomes 0. This is an underflow.
-# - The gap between a number in [2ᵉ, 2ᵉ⁺¹) and the next one is 2ᵉ⁻¹⁰, one *ulp* (unit in the last place).
+# - From 2⁻¹⁴ on, the gap between a number in [2ᵉ, 2ᵉ⁺¹) and the next one is 2ᵉ⁻¹⁰, one *ulp* (unit in the last place). Smaller numbers
+#   have fewer bits: their gap is always 2⁻²⁴.
 
 # %%
 import lesson_tools  # first: it sets the paths and the number of threads

@@ -45,7 +45,7 @@ def log_probabilities(pixels, rows=slice(None)):
 # ## Other images, other predictions
 #
 # Each caption keeps its text, and gets the image of another row. Let p be the distribution of the next token with the right image, and q
-# with the other image. Their distance is the Kullback-Leibler divergence, in nats (natural logarithm):
+# with the other image. The Kullback-Leibler divergence measures how much q differs from p, in nats (natural logarithm):
 #
 # $$\mathrm{KL}(p \,\|\, q) = \sum_v p_v \log \frac{p_v}{q_v} \ge 0.$$
 #
@@ -114,9 +114,9 @@ show(figure, "words")
 # ## Cross-attention
 #
 # The ViT has 37 output vectors, here called states: one for the whole image (the class token of the ViT, here called `[CLS]`) and
-# one for each of the 6 × 6 patches. Each of the three layers of the text decoder has four heads of size d_h = 32. Q, K and V are
-# the outputs of the linears `query` (of the text), `key` and `value` (of the states). A head compares the query of each position
-# with the keys of the states. a_tj is the weight of state j at position t:
+# one for each of the 6 × 6 patches. Each of the three layers of the text decoder has four heads. A head is an attention of its
+# own, on d_h = 32 of the 128 outputs of the linears `query` (of the text), `key` and `value` (of the states). Q, K and V are these
+# outputs. A head compares the query of each position with the keys of the states. a_tj is the weight of state j at position t:
 #
 # $$a = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}}\right),$$
 # $$\text{output} = a V,$$
@@ -232,7 +232,7 @@ show(figure, "attention")
 # 1. Make the attention uniform: a forward hook on each cross-attention `query` returns zeros. A right answer shows that each
 #    weight is 1/37. It also gives the log-probability of the captions with and without the adapter, for the word "cube" and for all
 #    other words. Does each model need its attention, although a picture of it explains little?
-# 2. Mirror the images of "… to the left of …", and exchange the two colours in the caption. A right answer compares the log-probability of
+# 2. Mirror the images of "… to the left of …", and exchange the two colours in the caption, with their "a" or "an". A right answer compares the log-probability of
 #    the two captions for the original and the mirrored images, and reports for how many images the model prefers the right caption.
 #    This tests whether the model reads the positions, and not only which colours are there.
 #

@@ -6,7 +6,8 @@
 #
 # **Time:** less than a minute on two cores, longer if they are busy.
 #
-# **Read:** `lora_blip/lora/layer.py`. The variants of this lesson are subclasses of `LoRA`.
+# **Read:** `lora_blip/lora/layer.py`, and `lora_blip/lora/variants.py`, which has rsLoRA and DoRA. The variants of this lesson are
+# subclasses of `LoRA` too.
 #
 # LoRA (arXiv:2106.09685) computes
 #
@@ -279,7 +280,7 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 #    and B₀ be A and B before the training. The update of the original base is B A − B₀ A₀, so you need rank 2r.
 #    `lora_blip.save_adapter(path, backbone)` writes the file. A right answer has the logits of the trained PiSSA.
 # 2. Compute the singular values of DoRA's update W' − W₀ after the training, and those of LoRA's. A right answer shows that
-#    LoRA's has rank r, and that DoRA's has full rank, up to rounding, so that an adapter of rank r cannot store it exactly.
+#    LoRA's has rank r, and that DoRA's has a rank near that of W₀, so that an adapter of rank r cannot store it exactly.
 #
 # ## What to remember
 #

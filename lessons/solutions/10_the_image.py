@@ -76,8 +76,8 @@ assert of_caption["uniform"] > of_caption["learned"] + 1
 
 # %% [markdown]
 # For the words other than "cube", the log-probability falls in both models, so both need their attention. The base gives these words
-# nearly the probability 1. But it is sure of another noun than "cube". Uniform attention makes it less sure of that noun, so the
-# log-probability of "cube" rises, and with it that of the whole caption. Do not look only at the sum.
+# nearly the probability 1. But it gives "cube" a very low probability. With uniform attention, this probability is higher, and
+# with it that of the whole caption. Do not look only at the sum.
 
 # %% [markdown]
 # ## 2. Mirrored images
