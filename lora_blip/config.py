@@ -47,7 +47,7 @@ class TrainConfig:
 
     epochs: int = setting(30, "passes over the training images", group="Training")
     max_steps: int = setting(0, "stop after this number of optimizer steps; 0: after the epochs")
-    batch_size: int = setting(8, "images in a micro-batch")
+    batch_size: int = setting(8, "images in a micro-batch; retrieval: lines")
     accumulation: int = setting(1, "micro-batches in an optimizer step")
     lr: float = setting(0.0, "peak learning rate; 0: 1e-4, and for a tiny base 3e-3 (BLIP) or 1.5e-3 (BLIP-2)")
 
@@ -82,7 +82,9 @@ class TrainConfig:
     check_images: Literal["all", "lazy"] = setting(
         "all", '"all": decode all images before the first step; "lazy": decode when needed, stop at a broken image'
     )
-    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else one per core")
+    num_workers: int = setting(
+        -1, "processes that load images; 0: none; -1: none for a model on the CPU, else one per core, up to 16"
+    )
 
     variant: str = setting(
         "lora",
@@ -201,7 +203,7 @@ class InferConfig:
 
     max_new_tokens: int = setting(0, "largest number of generated tokens; 0: the adapter's setting, or 40", group="Generation")
     num_beams: int = setting(0, "beams of beam search; 0: the adapter's setting, or 1")
-    sample: bool = setting(False, "sample tokens at random; False: greedy or beam search")
+    sample: bool = setting(False, "sample tokens at random; False: the adapter's setting, or greedy or beam search")
     seed: int = setting(0, "seed of sampling")
     generation: dict[str, Any] = setting(
         Options(), 'more options: {"num_beams": 3, "num_return_sequences": 3}; see docs/generation.md; empty: the adapter\'s'

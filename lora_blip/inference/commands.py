@@ -21,7 +21,7 @@ from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.settings import argument, setting
 from lora_blip.runtime.system_errors import command_line, reading
 from lora_blip.runtime.untrusted import printable
-from lora_blip.runtime.user_paths import BASE_OF, looks_like_image, suggestion
+from lora_blip.runtime.user_paths import BASE_OF, local_path, looks_like_image, suggestion
 
 if TYPE_CHECKING:
     from lora_blip.inference.captioner import Captioner
@@ -192,7 +192,7 @@ def expand(images: list[str]) -> Iterator[str]:
     """
     from lora_blip.data.image_folders import globbed, walk
 
-    for name in images:
+    for name in map(local_path, images):
         files = [name]
         if Path(name).is_dir():
             with reading(name):

@@ -195,8 +195,9 @@ def open_input(image: Any, name: str) -> Image.Image:
             raise ImageError(
                 printable(f"{image} is a web address, and lora_blip downloads no images; download it first: curl -O {image}")
             )
-        _check_path(str(image))
-        return open_image(local_path(str(image)))
+        path = local_path(str(image))
+        _check_path(path)
+        return open_image(path)
     if isinstance(image, bytes | bytearray | memoryview):
         return open_image(name, BytesIO(image))
     if isinstance(image, Image.Image):

@@ -89,7 +89,10 @@ class Output:
         """Raise ImageError if every image of the run could not be read."""
         if self.failed and not self.predicted:
             reasons = quoted_for_shell(str(self.folder / ERRORS_NAME))
-            raise ImageError(f"no image could be read, of {counted(self.failed, 'image')}; the reasons are in {reasons}")
+            raise ImageError(
+                f"no image could be read, of {counted(self.failed, 'image')}; the reasons are in {reasons}; repair the images, and "
+                "start a new run: set OUTPUT_DIR (or --output-dir) to ''"
+            )
 
     def write(self, results: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
         """Write a line for each example, in order. A killed process loses no written line, and leaves no incomplete one.

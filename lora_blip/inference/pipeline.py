@@ -111,7 +111,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         if config.explain:
             views += explained(runner, examples, lambda: saved_texts(out.path, "text"), "adapter" if adapter else "base")
         conclude(out, config, task, inputs, precision, examples, count, views)
-        out.require_predictions()
+    ranks.on_main(lambda: out.require_predictions())  # noqa: PLW0108 (out is None on the other ranks)
     return folder / output.FILE_NAME
 
 

@@ -77,16 +77,22 @@ def fused_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
 
 def is_short(linear: Any, args: tuple[Any, ...], output: Tensor) -> bool:
     """Return True if `short_update` computes the update: one adapter, for all output features of all rows, without dropout."""
-    stack = linear.lora
-    routing = stack.routing
-    if len(stack) != 1 or len(args) != 1 or stack.merged or not routing.fast or routing.used or torch.compiler.is_compiling():
+    stack, routing = linear.lora, linear.lora.routing
+    if len(stack) != 1 or len(args) != 1 or stack.merged or not routing.fast or type(output) is not Tensor:
+        return False
+    if torch.compiler.is_compiling() or is_plain() or (routing.used and not routing.all_act_on_all_rows):
         return False
     (lora,) = stack.values()
-    if type(lora) not in FUSED or any(lora.padding) or (lora.dropout and lora.training) or is_plain():
+    if type(lora) not in FUSED or any(lora.padding) or (lora.dropout and lora.training) or is_changed(lora):
         return False
     if torch.is_autocast_enabled(output.device.type):
         return bool(output.dtype == torch.get_autocast_dtype(output.device.type))
     return bool(args[0].dtype == output.dtype == lora.A.dtype)  # else `lora_hook` computes the update in float32
+
+
+def is_changed(lora: Any) -> bool:
+    """Return True if an adapter has hooks or another `forward`, for example of accelerate. They act only if it is called."""
+    return bool(lora._forward_hooks or lora._forward_pre_hooks or lora._backward_hooks or "forward" in vars(lora))
 
 
 def short_update(linear: Any, x: Tensor, output: Tensor) -> Tensor:

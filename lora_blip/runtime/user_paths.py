@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from lora_blip.errors import ConfigError, DataError
 
@@ -18,6 +18,7 @@ ANNOTATIONS = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text":
 TEXT_FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 MOST_NAMES = 5000  # names of a folder that are compared
+FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.IGNORECASE | re.DOTALL)  # of this machine: without a host
 SIMILAR = 0.6  # difflib's ratio of two names that are suggested for each other
 
 
@@ -59,9 +60,10 @@ def is_file(text: str, setting: str) -> bool:
 
 def local_path(written: str) -> str:
     """Return the path of a file URI, such as file:///home/me/my%20photos/1.jpg, or any other path unchanged."""
-    if written[:5].lower() != "file:":
+    match = FILE_ADDRESS.fullmatch(written)
+    if not match:
         return written
-    path = unquote(urlsplit(written).path)
+    path = unquote(match[1])
     return path[1:] if re.match("/[A-Za-z]:", path) else path
 
 

@@ -17,8 +17,10 @@ from lora_blip.data import annotations
 from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.data.images import FORMATS, kind_of, open_image
 from lora_blip.errors import ImageError
+from lora_blip.inference.commands import expand
 from lora_blip.inference.image_inputs import open_input
 from lora_blip.inference.pipeline import infer
+from lora_blip.runtime.user_paths import local_path
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 
@@ -159,6 +161,25 @@ def test_file_addresses_are_paths_in_every_kind_of_input(tmp_path):
     for setting in (address, folder.as_uri(), tmp_path / "list.txt", tmp_path / "list.jsonl"):
         assert [open_example(example).size for example in ImageSource(setting)] == [(16, 12)]
     assert open_input(address, address).size == (16, 12)
+    assert list(expand([address, folder.as_uri()])) == [str(folder / "a.jpg")] * 2
+
+
+@pytest.mark.parametrize(
+    "written", ["file://photos", "file://photos/a.jpg", "file://[1].jpg", "File:Cat.jpg", "file:a.jpg", "a/file:"]
+)
+def test_an_address_of_another_machine_or_a_name_is_not_changed(written):
+    assert local_path(written) == written
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("file:///p/a#1?.jpg", "/p/a#1?.jpg"), ("FILE://localhost/p/a%20b.jpg", "/p/a b.jpg"), ("file:/p/ä.jpg", "/p/ä.jpg"),
+        ("file:///C:/p/a.jpg", "C:/p/a.jpg"),
+    ],
+)  # fmt: skip
+def test_an_address_of_this_machine_is_its_path(address, path):
+    assert local_path(address) == path
 
 
 def test_formats_that_run_programs_or_read_other_files_are_never_tried():

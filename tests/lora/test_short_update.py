@@ -4,17 +4,19 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from lora_blip.kernels import paths
 from lora_blip.kernels.plain import plain
 from lora_blip.lora import attached, fused, injection, merging
-from lora_blip.lora.routing import use_adapters
+from lora_blip.lora.routing import checkpoint_context, use_adapters
 from lora_blip.lora.sites import Site
 from tests.support.models import WHOLE, batch_of, inject, twenty_steps
 from tests.support.networks import gradients, network
@@ -114,10 +116,20 @@ def _off(model: nn.Module) -> None:
     attached.fast(model, False)
 
 
+def _hooked(model: nn.Module) -> None:
+    for lora in attached.adapters(model).values():
+        lora.register_forward_hook(lambda _module, _args, update: 2 * update)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {
-    "blocks of rows": (lambda: network()[:1], lambda _: None, lambda _: nullcontext()),
+    "blocks of rows": (
+        lambda: network(sites=[Site("0", 2, 8.0, "q", (0, 4)), Site("2", 2, 2.0, "k", (1, 4))]),
+        lambda _: None,
+        lambda _: nullcontext(),
+    ),
     "dropout": (lambda: network(sites=WHOLES, dropout=0.5).train(), lambda _: None, lambda _: nullcontext()),
     "two adapters": (lambda: network(sites=WHOLES), _second, lambda _: nullcontext()),
+    "hooks of the adapters": (lambda: network(sites=WHOLES), _hooked, lambda _: nullcontext()),
     "merged": (lambda: network(sites=WHOLES), _merged, lambda _: nullcontext()),
     "off": (lambda: network(sites=WHOLES), _off, lambda _: nullcontext()),
     "adapters by row": (lambda: network(sites=WHOLES), lambda _: None, lambda model: use_adapters(model, ["default", None])),
@@ -140,6 +152,20 @@ def test_the_short_update_is_not_used_if_results_could_differ(case, monkeypatch)
         with context(model):
             outputs.append(model(x))
     assert not taken and torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_checkpointed_layers_are_recomputed_by_the_short_update(before, monkeypatch):
+    """Gradients with `checkpoint_context` equal those without it, bit for bit, also after a block of `use_adapters`."""
+    taken, model, x = shortened(monkeypatch), network(sites=WHOLES), torch.randn(3, 6)
+    if before:
+        with use_adapters(model, ["default"] * 3):
+            pass
+    plain_gradients = gradients(model, x, fast=True)
+    inside = nn.Sequential(model)
+    context = partial(checkpoint_context, model)
+    inside.forward = lambda x: checkpoint(model, x, use_reentrant=False, context_fn=context)  # type: ignore[method-assign]
+    assert all(map(torch.equal, gradients(inside, x, fast=True), plain_gradients)) and len(taken) == 6
 
 
 def test_without_gradients_and_for_a_vector_the_update_is_short_too(monkeypatch):

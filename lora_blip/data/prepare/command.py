@@ -151,8 +151,9 @@ def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
             data.dropped.append(result)
     if folder.known and all(isinstance(image, str) and "does not exist" in image for image in folder.known.values()):
         example = next(iter(folder.known))
-        entries = [entry for _, entry in source.entries() if isinstance(entry, dict)]
-        swapped = columns.swapped([str(entry.get("text", "")) for entry in entries])
+        # packed sources are read only once
+        entries = [] if source.unpack else [canonical(entry) for _, entry in source.entries() if not isinstance(entry, str)]
+        swapped = columns.swapped([entry.get("text", "") for entry in entries if not isinstance(entry, str)])
         fix = swapped or long_path_advice(folder.root / example) or "give the folder of the images: --images FOLDER"
         raise DataError(
             f"{source.path}: no image of {len(folder.known):,} is in {folder.root}; {example!r} does not exist there; {fix}"
