@@ -20,6 +20,7 @@ from lora_blip.kernels.plain import is_plain
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # no subclasses: they may store or compute their values in another way
 GELU_INPUT = "gelu_input"  # attribute of the output of a GELU: the input of the GELU, which autograd keeps anyway
+ROWS_OF_WEIGHT = 32  # reading W counts as much as this number of rows of x: oneDNN gains more if x has few rows
 NARROW = 16  # a product with such a short side is usually one with A or B
 
 
@@ -34,9 +35,11 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Return True if oneDNN's kernel is faster for this product."""
     size, (features, width) = x.numel(), weight.shape
     limits = paths.Current.row or paths.row()
-    is_narrow = features <= NARROW or width <= NARROW or size <= NARROW * width
-    if size * features < (limits.onednn_narrow if is_narrow else limits.onednn):
-        return False  # checked first, because most products of a small model are small
+    if features <= NARROW or width <= NARROW or size <= NARROW * width:
+        if size * features < limits.onednn_narrow:
+            return False  # checked first, because most products of a small model are small
+    elif (size + ROWS_OF_WEIGHT * width) * features < limits.onednn:
+        return False
     return x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and has_kernel()
 
 

@@ -29,7 +29,7 @@ class PathLimits:
     """The measured limits of one processor. A path is used for sizes from its limit on."""
 
     processor: str  # vendor and family, such as "AuthenticAMD 25"
-    onednn: int  # multiplications of a float32 product, from which oneDNN is faster than PyTorch's own library
+    onednn: int  # multiplications of a float32 product, with `linear.ROWS_OF_WEIGHT` more rows, from which oneDNN is faster
     onednn_narrow: int  # the same for the products with A and B, which have a short side
     fused: int  # multiplications of the frozen product, from which `lora.fused` is faster than `lora_hook`
     gelu_bytes: int  # bytes of a GELU's output, from which the backward pass computes it again to save memory

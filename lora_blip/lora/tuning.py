@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.kernels import paths, sdpa, vit
-from lora_blip.kernels.linear import QuickLinear, has_kernel
+from lora_blip.kernels.linear import ROWS_OF_WEIGHT, QuickLinear, has_kernel
 from lora_blip.lora import attached, injection
 from lora_blip.lora.sites import Site
 from lora_blip.runtime.files import make_folder, write_whole
@@ -28,6 +28,7 @@ PRODUCTS = (  # (rows, width, features)
     (74, 128, 512),
     (148, 128, 512),
     (200, 256, 256),
+    (24, 768, 768),
     (148, 256, 1024),
     (200, 512, 512),
     (394, 512, 512),
@@ -151,7 +152,7 @@ def frozen_paths(rows: int, width: int, features: int) -> PathPair:
         paths.use(replace(paths.row(), onednn=size))
         torch.autograd.grad(linear(x), x, dy)
 
-    return PathPair(rows * width * features, lambda: run(0), lambda: run(paths.NEVER))
+    return PathPair((rows + ROWS_OF_WEIGHT) * width * features, lambda: run(0), lambda: run(paths.NEVER))
 
 
 def update_paths(rows: int, width: int) -> PathPair:
