@@ -28,7 +28,7 @@ EXPLAIN = False  # write explain.html: each word with its probability and attent
 # Generation
 MAX_NEW_TOKENS = 0  # largest number of generated tokens; 0: the adapter's setting, or 40
 NUM_BEAMS = 0  # beams of beam search; 0: the adapter's setting, or 1
-SAMPLE = False  # sample tokens at random; False: greedy or beam search
+SAMPLE = False  # sample tokens at random; False: the adapter's setting, or greedy or beam search
 SEED = 0  # seed of sampling
 GENERATION = {}  # more options: {"num_beams": 3, "num_return_sequences": 3}; see docs/generation.md; empty: the adapter's
 

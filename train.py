@@ -19,7 +19,7 @@ DROPOUT = 0.0  # probability with which dropout zeroes an element of the adapter
 # Training
 EPOCHS = 30  # passes over the training images
 MAX_STEPS = 0  # stop after this number of optimizer steps; 0: after the epochs
-BATCH_SIZE = 8  # images in a micro-batch
+BATCH_SIZE = 8  # images in a micro-batch; retrieval: lines
 ACCUMULATION = 1  # micro-batches in an optimizer step
 LR = 0.0  # peak learning rate; 0: 1e-4, and for a tiny base 3e-3 (BLIP) or 1.5e-3 (BLIP-2)
 
@@ -42,7 +42,7 @@ QUESTION_KEY = ""  # column or key of the question; empty: question
 ANSWER_KEY = ""  # column or key of the answers; empty: answers or answer
 ON_BAD_DATA = "stop"  # if a line of the annotations is invalid: "stop" or "skip" the line
 CHECK_IMAGES = "all"  # "all": decode all images before the first step; "lazy": decode when needed, stop at a broken image
-NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else one per core
+NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else one per core, up to 16
 
 # More: adapter
 VARIANT = "lora"  # "lora"; "rslora": scaled by alpha / √r; "dora": trains the norms of W's rows too; see docs/variants.md

@@ -18,7 +18,7 @@ ANNOTATIONS = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text":
 TEXT_FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 MOST_NAMES = 5000  # names of a folder that are compared
-FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", re.IGNORECASE | re.DOTALL)  # of this machine: without a host
+FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", re.IGNORECASE | re.DOTALL)  # without a host
 SIMILAR = 0.6  # difflib's ratio of two names that are suggested for each other
 
 
