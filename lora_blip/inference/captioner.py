@@ -163,8 +163,7 @@ class Captioner:
 
     def __repr__(self) -> str:
         adapter = str(self.adapter.path) if self.adapter else None
-        base, device = self.backbone.name, str(self.device)
-        return f"Captioner(task={self.task!r}, base={base!r}, adapter={adapter!r}, device={device!r})"
+        return f"Captioner(task={self.task!r}, base={self.backbone.name!r}, adapter={adapter!r}, device={str(self.device)!r})"
 
     # ---- calls
 
@@ -206,8 +205,7 @@ class Captioner:
         refuse_swapped(images, question, CALLS["vqa"])
         listed, one_image = as_list(images)
         questions, one_question = checked_questions(question)
-        listed = listed * len(questions) if one_image else listed
-        questions = questions * len(listed) if one_question else questions
+        listed, questions = listed * (len(questions) if one_image else 1), questions * (len(listed) if one_question else 1)
         if len(questions) != len(listed):
             counts = f"{counted(len(listed), 'image')} and {counted(len(questions), 'question')}"
             raise InputError(f"{counts}; give 1 question, or one for each image")
@@ -284,8 +282,7 @@ class Captioner:
         if not self.adapter:
             return
         stacks = [linear.lora for linear in attached.adapted_linears(self.backbone.model).values()]  # one walk for both checks
-        name = self.adapter_name or "default"
-        if self.hooked and not any(name == owner_of(key) for stack in stacks for key in stack):
+        if self.hooked and not any(owner_of(key) == (self.adapter_name or "default") for stack in stacks for key in stack):
             raise LoRAError(
                 f"the adapter of this captioner, {self.adapter.path}, was removed from its base by lora_blip.eject or "
                 f"lora_blip.bake; open it again: Captioner.from_adapter({str(self.adapter.path)!r}, base=backbone); after "

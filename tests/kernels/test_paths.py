@@ -76,8 +76,8 @@ def test_a_path_is_used_from_its_limit_on(monkeypatch):
     x, weight, narrow = torch.ones(2, 10, 20), torch.ones(30, 20), torch.ones(8, 20)
     fused_linears, model = used(monkeypatch), nn.Sequential(nn.Linear(20, 30))
     injection.inject(model, [Site("0")])
-    for limit in (12_000, 12_001):  # 20 rows · 20 · 30 multiplications
-        paths.use(replace(ROW, onednn=limit, onednn_narrow=limit - 8_800, fused=limit))
+    for limit in (12_000, 12_001):  # 20 rows · 20 · 30 multiplications; those of 32 more rows are 19,200
+        paths.use(replace(ROW, onednn=limit + 19_200, onednn_narrow=limit - 8_800, fused=limit))
         assert is_faster(x, weight) == is_faster(x, narrow) == (limit == 12_000)
         fused_linears.clear()
         model(x.clone().requires_grad_())
