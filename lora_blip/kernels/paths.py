@@ -31,7 +31,7 @@ class PathLimits:
     processor: str  # vendor and family, such as "AuthenticAMD 25"
     onednn: int  # multiplications of a float32 product, with `linear.ROWS_OF_WEIGHT` more rows, from which oneDNN is faster
     onednn_narrow: int  # the same for the products with A and B, which have a short side
-    fused: int  # multiplications of the frozen product, from which `lora.fused` is faster than `lora_hook`
+    fused: int  # multiplications of the frozen product, from which `lora.fused` is faster than its `short_update`
     gelu_bytes: int  # bytes of a GELU's output, from which the backward pass computes it again to save memory
     separate_16bit: bool  # True if separate operations are faster than PyTorch's fused attention in 16 bits
     by_heads: int  # scores of a 16-bit attention, from which `vit.by_heads` is faster than `sdpa.attend`

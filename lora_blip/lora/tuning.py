@@ -156,7 +156,7 @@ def frozen_paths(rows: int, width: int, features: int) -> PathPair:
 
 
 def update_paths(rows: int, width: int) -> PathPair:
-    """Return forward and backward of a linear with an adapter, by `lora.fused` and by `lora_hook`."""
+    """Return forward and backward of a linear with an adapter, by the fused update and by `fused.short_update`."""
     model = nn.Sequential(nn.Linear(width, width))
     injection.inject(model, [Site("0", R, float(R))])
     x = torch.randn(rows, width, requires_grad=True)

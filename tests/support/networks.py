@@ -49,6 +49,16 @@ def gradients(model: nn.Module, x: torch.Tensor, fast: bool, context=nullcontext
     return [y.detach(), x.grad, *halves]
 
 
+def assert_as_exact(
+    values: list[torch.Tensor], plain: list[torch.Tensor], truth: list[torch.Tensor], bound: float | None
+) -> None:
+    """Compare with float64. The relative error is at most `bound`; None: twice that of the plain update plus 1e-3."""
+    for one, other, true in zip(values, plain, truth, strict=True):
+        assert one.dtype == other.dtype
+        error, plain_error = ((value.double() - true).abs().max() / true.abs().max() for value in (one, other))
+        assert error <= (2 * plain_error + 1e-3 if bound is None else bound)
+
+
 def used(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The linears that take the fast way, as they do."""
     taken: list[nn.Module] = []
