@@ -32,7 +32,7 @@ from tests.support.models import KINDS, WHOLE
 
 CACHE = Path(os.environ["XDG_CACHE_HOME"])
 # each machine takes the same paths, and small models use the fused update
-PATHS = paths.PathLimits(paths.processor(), 2**20, 2**20, 0, 2**20, True, 2**22)
+PATHS = paths.PathLimits(paths.processor(), 2**20, 2**20, 0, 2**20, paths.NEVER, 2**22)
 paths.tuned_file().parent.mkdir()
 paths.tuned_file().write_bytes(paths.table(PATHS))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

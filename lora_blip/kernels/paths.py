@@ -33,15 +33,15 @@ class PathLimits:
     onednn_narrow: int  # the same for the products with A and B, which have a short side
     fused: int  # multiplications of the frozen product, from which `lora.fused` is faster than its `short_update`
     gelu_bytes: int  # bytes of a GELU's output, from which the backward pass computes it again to save memory
-    separate_16bit: bool  # True if separate operations are faster than PyTorch's fused attention in 16 bits
-    by_heads: int  # scores of a 16-bit attention, from which `vit.by_heads` is faster than `sdpa.attend`
+    fused_16bit: int  # scores of a 16-bit attention, from which PyTorch's fused kernel is faster than separate operations
+    by_heads: int  # scores of a 16-bit attention of a ViT, from which `vit.by_heads` is faster than `sdpa.attend`
 
     def __str__(self) -> str:
-        attention = "separate operations" if self.separate_16bit else "PyTorch's fused kernel"
         return (
             f"fast paths by the limits of {self.processor}, in millions of multiplications: oneDNN from "
             f"{millions(self.onednn)} (with A or B {millions(self.onednn_narrow)}), fused update from "
-            f"{millions(self.fused)}; 16-bit attention by {attention}, by heads from {millions(self.by_heads)} million scores"
+            f"{millions(self.fused)}; 16-bit attention, in millions of scores: PyTorch's fused kernel from "
+            f"{millions(self.fused_16bit)}, by heads from {millions(self.by_heads)}"
         )
 
 
@@ -51,13 +51,15 @@ def millions(limit: int) -> str:
 
 def parsed(processor: str, values: Any) -> PathLimits:
     """Return a row from JSON. Raise ValueError if an entry is missing, unknown or out of range."""
-    names = {entry.name: entry.type for entry in fields(PathLimits) if entry.name != "processor"}
+    names = [entry.name for entry in fields(PathLimits) if entry.name != "processor"]
+    if isinstance(values, Mapping) and values.get("separate_16bit") in (True, False):  # a row of an older version
+        values = {"fused_16bit": NEVER if values["separate_16bit"] else 0} | {**values}
+        del values["separate_16bit"]
     if not isinstance(values, Mapping) or set(values) != set(names):
         raise ValueError(f"the entries of a row are {', '.join(names)}")
-    for name, kind in names.items():
-        value = values[name]
-        if type(value) is not kind or (kind is int and not 0 <= value <= NEVER):
-            raise ValueError(f"{name} must be {'true or false' if kind is bool else f'an integer from 0 to {NEVER}'}")
+    for name in names:
+        if type(values[name]) is not int or not 0 <= values[name] <= NEVER:
+            raise ValueError(f"{name} must be an integer from 0 to {NEVER}")
     return PathLimits(processor, **values)
 
 

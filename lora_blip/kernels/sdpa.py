@@ -10,13 +10,15 @@ from lora_blip.kernels.paths import row
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q kᵀ / √d + mask) v, (rows, heads, tokens, d), for k and v (rows, heads, keys, d).
 
-    PyTorch's fused kernel keeps no scores. Separate operations are used if they are faster.
+    PyTorch's fused kernel keeps no scores. Separate operations are used if they are faster: in 16 bits on many CPUs (see
+    paths.json). There, the fused kernel takes twice as long, and its backward pass up to six times as long.
     """
     if mask is not None and mask.dtype != q.dtype:  # float32's minimum is −inf in 16 bits
         mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
-    if not prefers_separate(q):
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    return separate(q, k, v, mask)
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if is_16bit_on_cpu(q) and scores < row().fused_16bit:
+        return separate(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def separate(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -27,9 +29,6 @@ def separate(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
         return (scores if mask is None else scores + mask).softmax(-1) @ v.contiguous()
 
 
-def prefers_separate(q: Tensor) -> bool:
-    """Return True if separate operations are faster than PyTorch's fused kernel: in 16 bits on many CPUs (see paths.json).
-
-    There, the fused kernel takes twice as long, and its backward pass up to six times as long.
-    """
-    return q.device.type == "cpu" and q.element_size() == 2 and row().separate_16bit
+def is_16bit_on_cpu(tensor: Tensor) -> bool:
+    """Return True for a tensor for which the limits of a 16-bit attention hold."""
+    return tensor.device.type == "cpu" and tensor.element_size() == 2

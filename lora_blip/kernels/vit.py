@@ -20,7 +20,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
 from lora_blip.kernels.linear import GELU_INPUT
 from lora_blip.kernels.paths import row
 from lora_blip.kernels.plain import is_plain, needs_library
-from lora_blip.kernels.sdpa import attend, prefers_separate
+from lora_blip.kernels.sdpa import attend, is_16bit_on_cpu
 
 
 class VitAttention(nn.Module):
@@ -39,7 +39,7 @@ class VitAttention(nn.Module):
         if uses_dropout or needs_library(kwargs, *self.UNUSED):
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
-        large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= row().by_heads and prefers_separate(qkv)
+        large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= row().by_heads and is_16bit_on_cpu(qkv)
         return model.projection((by_heads if large else attend_at_once)(qkv, model.num_heads)), None
 
     @property

@@ -85,11 +85,9 @@ def measured_row(row: paths.PathLimits, report: Report) -> paths.PathLimits:
         row = replace(row, onednn=limit("oneDNN", [frozen_paths(*shape) for shape in PRODUCTS], report))
     paths.use(row)
     row = replace(row, fused=limit("fused update", [update_paths(*shape) for shape in LINEARS], report))
-    separate = limit("separate 16-bit attention", [separate_paths(*shape) for shape in ATTENTIONS], report)
-    row = replace(row, separate_16bit=separate < paths.NEVER)
+    row = replace(row, fused_16bit=limit("fused 16-bit attention", [attention_paths(*shape) for shape in ATTENTIONS], report))
     paths.use(row)
-    by_heads = limit("16-bit attention by heads", [by_heads_paths(*shape) for shape in ATTENTIONS], report)
-    return replace(row, by_heads=by_heads if row.separate_16bit else paths.NEVER)
+    return replace(row, by_heads=limit("16-bit attention by heads", [by_heads_paths(*shape) for shape in ATTENTIONS], report))
 
 
 def limit(name: str, comparisons: Iterable[PathPair], report: Report) -> int:
@@ -172,8 +170,8 @@ def update_paths(rows: int, width: int) -> PathPair:
     return PathPair(rows * width * width, lambda: run(0), lambda: run(paths.NEVER))
 
 
-def separate_paths(images: int, heads: int, states: int) -> PathPair:
-    """Return forward and backward of an attention in bfloat16, by separate operations and by PyTorch's fused kernel."""
+def attention_paths(images: int, heads: int, states: int) -> PathPair:
+    """Return forward and backward of an attention in bfloat16, by PyTorch's fused kernel and by separate operations."""
     q, k, v = (torch.randn(images, heads, states, 64).bfloat16().requires_grad_() for _ in range(3))
     dy = torch.randn(images, heads, states, 64).bfloat16()
 
@@ -181,11 +179,14 @@ def separate_paths(images: int, heads: int, states: int) -> PathPair:
         torch.autograd.grad(attend(q, k, v), (q, k, v), dy)
 
     size = images * heads * states**2
-    return PathPair(size, lambda: run(sdpa.separate), lambda: run(F.scaled_dot_product_attention))
+    return PathPair(size, lambda: run(F.scaled_dot_product_attention), lambda: run(sdpa.separate))
 
 
 def by_heads_paths(images: int, heads: int, states: int) -> PathPair:
-    """Return forward and backward of an attention in bfloat16, a few heads at a time, and all at once."""
+    """Return forward and backward of an attention in bfloat16, a few heads at a time and all at once.
+
+    "All at once" takes the faster path of `attention_paths`: the row already contains its limit.
+    """
     qkv = torch.randn(images, states, 3 * heads * 64).bfloat16().requires_grad_()
     dy = torch.randn(images, states, heads * 64).bfloat16()
 

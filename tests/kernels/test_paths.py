@@ -6,15 +6,17 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from torch import nn
+from transformers import BlipVisionConfig
 
 from lora_blip.kernels import paths, sdpa
+from lora_blip.kernels import vit as kernels_vit
 from lora_blip.kernels.linear import is_faster
 from lora_blip.kernels.paths import NEVER, PathLimits
 from lora_blip.lora import injection
 from lora_blip.lora.sites import Site
 from tests.support.networks import used
 
-ROW = PathLimits("AuthenticAMD 25", 100, 50, 1000, 2**20, True, 4000)
+ROW = PathLimits("AuthenticAMD 25", 100, 50, 1000, 2**20, NEVER, 4000)
 VALID = {name: value for name, value in asdict(ROW).items() if name != "processor"}
 
 
@@ -52,7 +54,7 @@ INVALID = {
     "no rows": json.dumps({"format": 1, "rows": [1]}).encode(),
     **{
         f"{name} = {value}": json.dumps({"format": 1, "rows": {paths.processor(): VALID | {name: value}}}).encode()
-        for name, value in (("onednn", -1), ("onednn", 1.5), ("fused", True), ("by_heads", NEVER + 1), ("separate_16bit", 1))
+        for name, value in (("onednn", -1), ("onednn", 1.5), ("fused", True), ("by_heads", NEVER + 1), ("separate_16bit", 2))
     },
     "an unknown entry": json.dumps({"format": 1, "rows": {paths.processor(): VALID | {"x": 1}}}).encode(),
     "a missing entry": json.dumps({"format": 1, "rows": {paths.processor(): {"onednn": 1}}}).encode(),
@@ -82,6 +84,38 @@ def test_a_path_is_used_from_its_limit_on(monkeypatch):
         fused_linears.clear()
         model(x.clone().requires_grad_())
         assert bool(fused_linears) == (limit == 12_000)
-    for separate in (True, False):
-        paths.use(replace(ROW, separate_16bit=separate))
-        assert sdpa.prefers_separate(x.bfloat16()) is separate and not sdpa.prefers_separate(x)
+
+
+@pytest.mark.parametrize("limit", [2 * 3 * 5 * 7, 2 * 3 * 5 * 7 + 1])
+def test_an_attention_in_16_bits_uses_the_fused_kernel_from_its_limit_on(limit, monkeypatch):
+    """2 · 3 · 5 · 7 scores: rows, heads, tokens and keys. In float32, the limit has no effect."""
+    q, k = torch.randn(2, 3, 5, 4).bfloat16(), torch.randn(2, 3, 7, 4).bfloat16()
+    paths.use(replace(ROW, fused_16bit=limit))
+    seen: list[torch.dtype] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", lambda *given: seen.append(given[0].dtype) or real(*given))
+    torch.testing.assert_close(sdpa.attend(q, k, k), real(q, k, k), rtol=2e-2, atol=2e-2)
+    sdpa.attend(q.float(), k.float(), k.float())
+    assert seen == [torch.bfloat16] * (limit == 2 * 3 * 5 * 7) + [torch.float32]
+
+
+@pytest.mark.parametrize(("fused_16bit", "tokens", "expected"), [(0, 5, "heads"), (NEVER, 5, "heads"), (NEVER, 4, "at once")])
+def test_a_large_attention_of_a_vit_goes_by_heads_if_that_is_faster_than_both_other_paths(
+    fused_16bit, tokens, expected, monkeypatch
+):
+    """The limit of `by_heads` holds for each limit of PyTorch's fused kernel."""
+    attention = kernels_vit.BlipVitAttention(BlipVisionConfig(hidden_size=8, num_attention_heads=2)).bfloat16()
+    seen: list[str] = []
+    for name, label in (("by_heads", "heads"), ("attend_at_once", "at once")):
+        real = getattr(kernels_vit, name)
+        monkeypatch.setattr(kernels_vit, name, lambda *given, real=real, label=label: seen.append(label) or real(*given))
+    paths.use(replace(ROW, fused_16bit=fused_16bit, by_heads=1 * 2 * 5 * 5))
+    attention(torch.randn(1, tokens, 8).bfloat16())
+    assert seen == [expected]
+
+
+def test_a_row_of_an_older_version_keeps_its_paths():
+    """It had one entry for all sizes: True for separate operations, False for PyTorch's fused kernel."""
+    for separate, limit in ((True, NEVER), (False, 0)):
+        old = {name: value for name, value in VALID.items() if name != "fused_16bit"} | {"separate_16bit": separate}
+        assert paths.from_json(old | {"processor": "x"}) == replace(ROW, processor="x", fused_16bit=limit)

@@ -37,7 +37,7 @@ def test_both_sides_of_each_comparison_compute_the_same(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *given: results.append(real(*given)))
     pairs = [
         (tuning.frozen_paths(20, 32, 24), 1e-5),
-        (tuning.separate_paths(1, 2, 9), 5e-2),
+        (tuning.attention_paths(1, 2, 9), 5e-2),
         (tuning.by_heads_paths(1, 2, 9), 5e-2),
     ]
     for pair, bound in pairs:
