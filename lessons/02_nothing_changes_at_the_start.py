@@ -21,8 +21,9 @@
 # ## The model and the images
 #
 # The base is a small BLIP. Its ViT reads an image, and its text model writes a caption. (`docs/learn.md` explains these parts.) It was
-# trained on drawings of circles, squares and triangles, and has never seen a cube. The images of this lesson show one or two
-# cubes, such as "a green cube on top of an orange cube". The adapters are on the linears of the ViT.
+# trained on drawings of circles, squares and triangles, and has never seen a cube. Most images of this lesson show one or two
+# cubes, such as "a green cube on top of an orange cube". A few show none: "no cube is present in the image". The adapters are on
+# the linears of the ViT.
 #
 # `tokenize` turns captions into token ids, as a training does: [DEC], with which every caption of BLIP starts, the words, and an end
 # token. It also returns a mask of the padding, and the labels. Padding has the label -100, which means "not in the loss".
@@ -41,7 +42,7 @@ images, captions = cubes(64)
 def load():
     """Return the base in `assets/tiny-blip`, with new adapters on its ViT."""
     torch.manual_seed(SEED)
-    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
     return backbone, lora_blip.inject(backbone, "vit", r=8, alpha=32.0)
 
 

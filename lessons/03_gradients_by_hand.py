@@ -120,7 +120,7 @@ def saved_bytes(linear, x, autocast):
 
 # %%
 k, d, r, images, rows = 128, 512, 8, 8, 37
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 lora_blip.inject(backbone, "vit", r=r, alpha=32.0)
 always_fused()  # by default, a small linear on a CPU does not use the fused update
 fused = backbone.model.vision_model.encoder.layers[0].mlp.fc1  # with `fused_hook`

@@ -27,7 +27,7 @@ from lesson_tools import ROOT, SEED, show
 
 import lora_blip
 
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 model = backbone.model.eval()  # eval: no dropout, so every difference comes from the settings
 images, captions = lesson_tools.cubes(16)
 pixels = backbone.image_processor(images, return_tensors="pt").pixel_values  # (16, 3, 96, 96)
@@ -281,7 +281,7 @@ assert torch.allclose(doubled[1], adam[1], atol=1e-2 * adam[1].abs().max())
 # ## What to remember
 #
 # - With Adam, α/r keeps the gain of the first update when r changes, and α/√r keeps its norm. With SGD, α/√r keeps the gain, and
-#   no rule keeps the norm. If you compare ranks, say which rule you use, and why.
+#   neither of the two rules keeps the norm. If you compare ranks, say which rule you use, and why.
 # - α and η are two settings because the size of A₀ is fixed. If A₀ were scaled too, one of them would be enough.
 # - With Adam and α/r, the gain of the first step stays when r doubles and α and η remain. The norm of ΔW falls by
 #   a factor of √2.

@@ -25,7 +25,8 @@
 #
 # with the sum over its linears, rounded. Few linears get a high rank, and many linears a low one. The budget is 49,152
 # parameters. For "q and v", q and v each have an A and a B, and d is the number of their rows, 128. In the text model, they
-# include the q and v of cross-attention.
+# include the q and v of cross-attention. "All" means all linears in the layers of a part. The head that predicts the words has no
+# adapter.
 
 # %%
 import json
@@ -53,7 +54,7 @@ LABELS = {
 
 def rank_for_budget(model, targets):
     """Return the rank with which an adapter on these targets has nearly BUDGET parameters, and their number."""
-    backbone = lora_blip.load_backbone(str(ROOT / model))
+    backbone = lora_blip.load_backbone(str(ROOT / model), device="cpu")
     adapters = lora_blip.inject(backbone, targets, r=1)
     with_rank_1 = sum(lora.A.numel() + lora.B.numel() for lora in adapters.values())
     assert with_rank_1 == sum(lora.A.shape[1] + lora.B.shape[0] for lora in adapters.values())  # Σ (d + k)
@@ -64,9 +65,9 @@ def rank_for_budget(model, targets):
 # %% [markdown]
 # ## Seven short runs
 #
-# Each run trains for two epochs. As in lesson 5, s falls like 1/√r, because the ranks differ. With a larger s and a
-# smaller learning rate, BLIP-2 depends less on the seed (`docs/tiny_bases.md`). So it has s = 57/√r (20 for r = 8;
-# `make demo-blip2` has s = 128/8 = 16) and the learning rate 1e-3. Compare only runs of the same base.
+# Each run trains for two epochs. As in lesson 5, s falls like 1/√r, because the ranks differ. With a larger s, a smaller
+# learning rate and a larger batch, changed together, BLIP-2 depends less on the seed (`docs/tiny_bases.md`). Here only s and the
+# learning rate change: s = 57/√r (20 for r = 8; `make demo-blip2` has s = 128/8 = 16) and 1e-3. Compare only runs of the same base.
 #
 # The validation set of these runs is the test set. It chooses no adapter: each run is validated only before the first
 # step and after the last one. But the learning rates and the number of epochs were chosen in short trials on it, with
@@ -76,7 +77,7 @@ def rank_for_budget(model, targets):
 
 
 def train(model, targets):
-    """Train an adapter. Return its folder, and the loss and exact match on the test images before and after."""
+    """Train an adapter. Return its folder, and the loss and exact match on the test images after the training."""
     r, parameters = rank_for_budget(model, targets)
     assert abs(parameters / BUDGET - 1) < 0.02
     s, lr = (32 / r**0.5, 3e-3) if model == "assets/tiny-blip" else (57 / r**0.5, 1e-3)
@@ -106,7 +107,7 @@ results = {(model, targets): train(model, targets) for model, several in TARGETS
 
 def by_layer(model, run):
     """Return the mean of ‖ΔW‖ / ‖W₀‖ over the adapters of each layer."""
-    backbone = lora_blip.load_backbone(str(ROOT / model))
+    backbone = lora_blip.load_backbone(str(ROOT / model), device="cpu")
     lora_blip.load_adapter(backbone, run / "adapter.safetensors")
     layers = {}
     for name, module in backbone.model.named_modules():
@@ -199,7 +200,7 @@ assert 1 < increase[text] == min(increase.values()) < 1.5
 #
 # - With nearly the same number of parameters, the place of an adapter decides how fast it learns the cubes.
 # - Here, only the noun must change. The text model has read the word *cube* in texts without images, but never in the caption of an
-#   image, and it learns this fastest. For another task, compare the places with your own data.
+#   image (`assets/tiny-blip/README.md`), and it learns this fastest. For another task, compare the places with your own data.
 # - Low-rank adapters on all linears learned faster here than high-rank adapters on q and v.
 #
 # ## Sources

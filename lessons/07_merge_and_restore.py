@@ -24,7 +24,7 @@ import lora_blip
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 run = lesson_tools.quick_train(max_steps=100)  # adapters on the linears of the ViT, alpha / r = 4
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 lora_blip.load_adapter(backbone, run)
 
 linears = {name: module for name, module in backbone.model.named_modules() if hasattr(module, "lora")}
@@ -143,7 +143,7 @@ for _ in range(CYCLES):
 assert all(torch.equal(linear.weight, W0[name]) for name, linear in linears.items())
 assert torch.equal(logits(backbone), hooked)
 
-half = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), dtype="bf16")
+half = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu", dtype="bf16")
 before = {name: half.model.get_submodule(name).weight.detach().clone() for name in linears}
 with lora_blip.disable_adapters(backbone):
     of_base = logits(backbone)
@@ -166,7 +166,7 @@ for key, marker in zip(DTYPES, "osD", strict=True):
     panels[1].plot(range(1, CYCLES + 1), [100 * share for share in changed[key]], marker=marker, markersize=4, label=key)
 panels[0].set(xlabel="size of the update (1 = trained)", ylabel="elements of W without a change (%)")
 panels[0].set_title("16 bits: a small update is often rounded away")
-panels[1].plot([1, CYCLES], [0, 0], "k--", label="restore, all dtypes")
+panels[1].plot([1, CYCLES], [0, 0], "k--", label="restore (a copy of W₀)")
 panels[1].set(xlabel="cycles of merging and subtracting", ylabel="elements different from W₀ (%)", xticks=[1, 5, 10, 15, 20])
 panels[1].set_title("Subtracting does not restore W₀")
 panels[0].legend()

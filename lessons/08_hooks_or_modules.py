@@ -207,7 +207,7 @@ assert not hasattr(build("module")[0], "weight")
 # ## The same on a real model
 
 # %%
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
 lora_blip.inject(backbone, "vit")
 after = backbone.model.state_dict()
@@ -235,5 +235,6 @@ assert set(backbone.model.state_dict()) == set(before)
 #
 # ## Sources
 #
-# - PyTorch documentation: `torch.nn.Module.register_forward_hook`; *PyTorch 2 nn.Module Hooks Support*
+# - PyTorch documentation: `torch.nn.Module.register_forward_hook`; *PyTorch 2.0 NNModule Support*, section
+#   *NNModule Hooks Support*
 # - Mangrulkar et al. 2022, *PEFT*, the library: `peft.tuners.lora.layer.Linear` contains `base_layer`

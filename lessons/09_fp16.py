@@ -54,7 +54,7 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 
 # %%
 run = lesson_tools.quick_train(max_steps=60)
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), fast=False)  # plain transformers: the hooks see every module
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu", fast=False)  # the hooks see every module
 model = backbone.model
 lora_blip.load_adapter(backbone, run)
 linears = {name: module for name, module in model.named_modules() if hasattr(module, "lora")}
@@ -273,7 +273,7 @@ assert (updates[0] - updates[1]).norm() < 1e-3 * updates[0].norm()
 #
 # - The loss scale moves small gradients into the range of fp16. It does not help against an overflow of the forward pass.
 # - An update below half an ulp is lost. A and B stay in float32, which costs little because they are small.
-# - Divide the loss of each micro-batch by the label count of the whole step.
+# - Divide the sum of the token losses of each micro-batch (nᵢ Lᵢ, not the mean Lᵢ) by the label count N of the whole step.
 #
 # ## Sources
 #

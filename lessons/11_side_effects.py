@@ -29,7 +29,7 @@ STEPS, BATCH, TESTS, WHEN = 80, 8, 100, (20, 30, 40, 60, 80)
 
 def load():
     torch.manual_seed(SEED)
-    return lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    return lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 
 
 base = load()
@@ -80,8 +80,9 @@ assert exact(base, flat)[0] > 0.95 and exact(base, test)[0] < 0.05
 # %% [markdown]
 # ## LoRA and full fine-tuning
 #
-# LoRA trains A and B on all linears of the ViT and of the text model. Full fine-tuning trains every parameter. The update of a
-# weight is the difference to the base in both cases:
+# LoRA trains A and B on all linears in the layers of the ViT and of the text model. The other weights stay frozen, such as those
+# of the head that predicts the words. Full fine-tuning trains every parameter. The update of a weight is the difference to the
+# base in both cases:
 #
 # $$\Delta W = W' - W_0,$$
 # $$\text{for LoRA}\quad \Delta W = \frac{\alpha}{r} B A.$$
@@ -135,11 +136,12 @@ for run in RUNS:
 #   With η = 0.003 it loses nearly all of them: it calls nearly every shape a *cube*.
 # - The other words remain right. Given the correct nouns, more than 80 % of the captions of flat shapes have all other words right.
 #   So the model still sees the colours and the positions.
-# - Full fine-tuning forgets too. So compare at equal success. In each run, keep only the steps with at least 85 % of the cubes
-#   right, and take the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test images
-#   choose this step, for both methods in the same way.) This is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et
-#   al. 2024, on code and mathematics). The result depends on the learning rates, and we tried only a few. Do not generalize from
-#   this tiny model.
+# - Full fine-tuning forgets too. So compare at a minimum of success. In each run, keep only the steps with at least 85 % of the
+#   cubes right, and take the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test
+#   images choose this step, for both methods in the same way.) But the success is not equal: we measure only five steps, and the
+#   scores on the cubes can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
+#   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Do not generalize
+#   from this tiny model.
 # - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage is not
 #   stable, because other versions and processors round differently. In other runs, which are not in the table, we saw from 9 % to
 #   94 % of the captions of cubes right.
@@ -214,7 +216,11 @@ assert sizes["LoRA", 1e-3] > sizes["full", 3e-4]
 # The merged weight can have a part of the update: W₀ + c ΔW. With c = 0 it is the base, and with c = 1 the trained model. No training is needed.
 # (Wortsman et al. 2021 interpolate the weights of fully fine-tuned models in this way.)
 #
-# With c = 0.5, fewer flat shapes are forgotten, and fewer captions of cubes are right. How good the trade is depends on the seed.
+# We try c = 0.5 and 0.75. With c = 0.5, fewer flat shapes are forgotten, and fewer captions of cubes are right. How good the
+# trade is depends on the seed. Compare it with full fine-tuning at its best step with at least 85 % of the cubes (see above). In two
+# of the three seeds, c = 0.5 or c = 0.75 keeps at least 85 % of the cubes, and more flat shapes than full fine-tuning with
+# η = 0.0003. In no seed does a c with at least 85 % of the cubes right keep more flat shapes than full fine-tuning with
+# η = 0.0001.
 
 # %%
 mixed, parts = load(), {}
@@ -251,7 +257,8 @@ show(figure, "forgetting")
 #    forgotten, and that cubes are still learned.
 # 2. Take LoRA with η = 0.003 and multiply the singular value of each intruder by c = 0.75, 0.5 and 0. The paper reports that a
 #    model with smaller intruders forgets less, and that the new task suffers little. A right answer shows whether this holds here.
-#    (In peft, `reduce_intruder_dimension` does the same, and then cuts the new update to rank r. Its `mitigation_lambda` is c.)
+#    (In peft, `reduce_intruder_dimension` does the same, and then cuts the new update to rank r. Its `mitigation_lambda` is c:
+#    the code of peft 0.21.2 multiplies by it. Its docstring says the opposite: a higher value subtracts more.)
 #
 # ## What to remember
 #

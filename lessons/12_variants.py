@@ -16,9 +16,9 @@
 # $$A: (r, k), \quad B: (d, r).$$
 #
 # A is random at the start, and B is zero. Each variant changes one part: the factor s, the norm of the rows of the weight,
-# the start, or the learning rates. In `peft` they are `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`,
-# `LoraConfig(init_lora_weights="pissa")` and the function `create_loraplus_optimizer`. `docs/variants.md` lists those that are
-# settings of `lora_blip`.
+# the start, or the learning rates. (PiSSA changes two: the start, and s, which is 1.) In `peft` they are
+# `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`, `LoraConfig(init_lora_weights="pissa")` and the function
+# `create_loraplus_optimizer`. `docs/variants.md` lists those that are settings of `lora_blip`.
 
 # %%
 import lesson_tools  # first: it sets the paths and the number of threads
@@ -36,7 +36,7 @@ R, ALPHA, STEPS, BATCH = 8, 32.0, 40, 8
 
 def attach(adapter_class, hook=lora_hook, alpha=ALPHA):
     """Load the base and put new adapters on the linears of its ViT. Return the backbone, and the linears by name."""
-    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
     linears = {name: backbone.model.get_submodule(name) for name in lora_blip.inject(backbone, "vit")}
     lora_blip.eject(backbone)  # the base remains frozen
     torch.manual_seed(SEED)
@@ -148,7 +148,7 @@ VARIANTS = {  # class, hook, λ
 # them are LoRA with other settings" needs this.
 
 # %%
-base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 images, captions = lesson_tools.cubes()
 pixels = base.image_processor(images, return_tensors="pt").pixel_values  # (300, 3, 96, 96)
 tokens = lesson_tools.tokenize(base, captions)  # input_ids, attention_mask and labels

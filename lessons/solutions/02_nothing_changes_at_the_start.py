@@ -21,7 +21,7 @@ images, captions = cubes(8)
 def train(steps, random_b):
     """Start with A = 0. Return the losses of the base and of each step, and whether A and B have a gradient in each step."""
     torch.manual_seed(SEED)
-    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
     adapters = lora_blip.inject(backbone, "vit", r=8, alpha=32.0).values()
     for lora in adapters:
         nn.init.zeros_(lora.A)

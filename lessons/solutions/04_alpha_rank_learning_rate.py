@@ -15,7 +15,7 @@ from lesson_tools import ROOT, SEED
 
 import lora_blip
 
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 model = backbone.model.eval()
 images, captions = lesson_tools.cubes(8)
 pixels = backbone.image_processor(images, return_tensors="pt").pixel_values  # (8, 3, 96, 96)

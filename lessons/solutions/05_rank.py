@@ -15,7 +15,7 @@ import lora_blip
 def train(r, s, targets, epochs):
     """Train an adapter with s = α/r. Return its exact match, its number of parameters, and the factors s of its linears."""
     run = quick_train(targets=targets, r=r, alpha=float(s * r), lr=3e-3, epochs=epochs, batch_size=4, augment=False)
-    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
     lora_blip.load_adapter(backbone, run)
     parameters = sum(p.numel() for name, p in backbone.model.named_parameters() if ".lora." in name)
     factors = {lora.scale for module in backbone.model.modules() for lora in getattr(module, "lora", {}).values()}

@@ -16,7 +16,7 @@ from lora_blip.lora.spectrum import delta_spectrum, relative_norm
 def train(targets, r, epochs=2):
     """Return a backbone with a trained adapter, with s = 32/√r as in the lesson."""
     run = quick_train(targets=targets, r=r, alpha=32 * r**0.5, lr=3e-3, epochs=epochs, batch_size=4, augment=False)
-    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
     lora_blip.load_adapter(backbone, run / "adapter.safetensors")
     factors = [lora.scale for module in backbone.model.modules() for lora in getattr(module, "lora", {}).values()]
     assert factors and all(abs(s * r**0.5 / 32 - 1) < 1e-6 for s in factors)

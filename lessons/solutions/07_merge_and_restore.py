@@ -13,7 +13,7 @@ from lesson_tools import ROOT
 
 import lora_blip
 
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), dtype="bf16")
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu", dtype="bf16")
 updates = []  # of two adapters
 for seed in (1, 2):
     run = lesson_tools.quick_train(max_steps=20, seed=seed)

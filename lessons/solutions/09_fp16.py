@@ -39,7 +39,7 @@ assert torch.allclose(start - after[torch.float32], torch.tensor(rate), rtol=0.0
 # near the loss.
 
 # %%
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), fast=False)
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu", fast=False)
 lora_blip.inject(backbone, "vit")
 images, captions = lesson_tools.cubes(4)
 tokens = lesson_tools.tokenize(backbone, captions)

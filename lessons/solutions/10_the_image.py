@@ -15,7 +15,7 @@ from PIL import ImageOps
 import lora_blip
 
 run = lesson_tools.quick_train(max_steps=120)
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), fast=False)
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu", fast=False)
 lora_blip.load_adapter(backbone, run)
 model = backbone.model
 

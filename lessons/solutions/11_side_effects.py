@@ -18,7 +18,7 @@ from lora_blip.lora.spectrum import intruder_dimensions
 from toyworld.scenes import flat_scene, render_flat
 
 STEPS, BATCH, TESTS = 80, 8, 100
-base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 names = list(lora_blip.inject(base, "vit,text"))
 lora_blip.eject(base)
 
@@ -48,7 +48,7 @@ def exact(backbone, data):
 def train(lr, replayed):
     """Train LoRA on batches of 8 images, of which the first `replayed` are flat shapes. Return the merged backbone."""
     torch.manual_seed(SEED)
-    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
     lora_blip.inject(backbone, "vit,text", r=8, alpha=32.0)
     trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)

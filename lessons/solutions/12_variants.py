@@ -16,7 +16,7 @@ import lora_blip
 from lora_blip.lora.layer import AdapterStack, LoRA, Site, lora_hook
 
 R, STEPS = 8, 20
-base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 images, captions = lesson_tools.cubes(64)
 pixels = base.image_processor(images, return_tensors="pt").pixel_values
 tokens = lesson_tools.tokenize(base, captions)
@@ -32,7 +32,7 @@ def outputs(backbone, rows):
 def train(make, hook, steps=STEPS):
     """Put `make(linear)` on each linear of the ViT, and train it. Return the backbone."""
     torch.manual_seed(SEED)
-    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
     for name in names:
         linear = backbone.model.get_submodule(name)
         linear.lora = AdapterStack()

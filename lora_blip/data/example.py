@@ -49,12 +49,12 @@ class Example:
 
     @property
     def file(self) -> str:
-        """The image path as a string, which is a faster dictionary key than a Path."""
+        """Return the image path as a string, which is a faster dictionary key than a Path."""
         return FILE(self)
 
     @property
     def words(self) -> str:
-        """All texts of the line, joined."""
+        """Return all texts of the line, joined."""
         if not self.question and not self.prompt:
             return self.text  # most lines are only a caption
         return " ".join(filter(None, (self.prompt, self.text, self.question, *self.answers)))

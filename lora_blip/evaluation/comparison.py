@@ -60,6 +60,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     print(describe(task, adapter, len(set(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, device="cpu")[0])
+    print(printable(f"evaluation images in the training data: {leak_search.note}"))
     comparison = compare(config, runner, adapter, examples, folder)
     with phase("computing the intervals of the scores"):
         rows = outputs.score_rows(comparison, runner.task, config.seed)

@@ -39,7 +39,7 @@ class Comparison:
 
     @property
     def main(self) -> ModelScores:
-        """The scores of the adapter, or of the base if there is no adapter."""
+        """Return the scores of the adapter, or of the base if there is no adapter."""
         scores = self.adapted or self.base
         assert scores is not None
         return scores

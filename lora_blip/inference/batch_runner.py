@@ -10,9 +10,10 @@ from tqdm import tqdm  # comes with transformers
 from lora_blip.data.example import Example
 from lora_blip.data.image_sources import image_key
 from lora_blip.data.prefetch import ImagePrefetcher, Lookahead
-from lora_blip.errors import ImageError
+from lora_blip.errors import ImageError, ModelError
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import autocasting
+from lora_blip.runtime.limits import CPU_ALLOCATOR
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification, verification_record
 from lora_blip.tasks.base import PredictionTask
@@ -134,6 +135,10 @@ class Runner:
             release(device)
             yield from self._compute_with_fallback(pictures[:half], examples[:half], work)
             yield from self._compute_with_fallback(pictures[half:], examples[half:], work)
+        elif device.type == "cpu":
+            fix = "end other programs, or use a smaller base, a smaller image_size or base_dtype = bf16"
+            flags = "lora-blip infer: --image-size, --base-dtype"
+            raise ModelError(f"the CPU has too little memory for a batch of one image ({reason}); {fix} ({flags})")
         else:
             self._warn("cpu", f"{device} failed for a single image ({reason}); continuing on the CPU, which is slower")
             self._move_to_cpu()
@@ -144,7 +149,7 @@ class Runner:
         try:
             self.task.backbone.model.to("cpu")  # move before the cast: fp32 needs twice the memory
             self.task.move(torch.device("cpu"))
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # ValueError: weights of bitsandbytes cannot be cast
             if self.reload_on_cpu is None:
                 raise
             self.task = self.reload_on_cpu()
@@ -158,9 +163,9 @@ class Runner:
 
 
 def is_device_failure(error: RuntimeError, device: torch.device) -> bool:
-    """Return True if an error comes from the accelerator (memory, driver, kernel), not from a mistake in the code."""
+    """Return True if an error comes from the device (memory, driver, kernel), not from a mistake in the code."""
     if device.type == "cpu":
-        return False
+        return CPU_ALLOCATOR in str(error)
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError)
     return isinstance(error, kinds) or any(fault in str(error) for fault in FAULTS)
 

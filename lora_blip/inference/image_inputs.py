@@ -73,7 +73,7 @@ def read_once(image: Any, name: str) -> Any:
         return image
     try:
         with suppress(AttributeError, OSError):  # a stream such as that of a network cannot seek
-            image.seek(0)
+            _close_coroutine(image.seek(0))
         content = bytearray()
         while len(content) <= LARGEST_FILE and (part := image.read(LARGEST_FILE + 1 - len(content))):
             if not isinstance(part, bytes | bytearray | memoryview):
@@ -86,11 +86,16 @@ def read_once(image: Any, name: str) -> Any:
     return bytes(content)
 
 
+def _close_coroutine(result: Any) -> None:
+    """Close a coroutine that is not awaited. Otherwise Python prints a warning."""
+    if inspect.iscoroutine(result):
+        result.close()
+
+
 def _not_bytes(part: Any, name: str) -> InputError:
     """Return the error for a file that is open for text, or that must be awaited."""
     if inspect.isawaitable(part):
-        if inspect.iscoroutine(part):
-            part.close()  # otherwise Python warns that it was never awaited
+        _close_coroutine(part)
         return InputError(f"{name} is a file whose read() must be awaited; give its bytes: await file.read()")
     return InputError(f'{name} is a file whose read() returns {type(part).__name__}; open it for bytes: open(path, "rb")')
 

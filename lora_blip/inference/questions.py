@@ -190,6 +190,9 @@ def read_references(
     for example in examples:
         if image_path := image_at.get(resolved[example.image]):
             references.setdefault(image_path, []).append(replace(example, image=image_path))
+    unused = sum(resolved[example.image] not in image_at for example in examples)
+    if unused and references:
+        print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
     if not references:
         first = examples[0].image.resolve()
         raise DataError(

@@ -139,7 +139,7 @@ def open_task(
 ) -> tuple[PredictionTask, str]:
     """Load the backbone, and return its task and the precision.
 
-    adapted: whether to merge the adapter into the backbone. Otherwise, only its task and image size are used.
+    adapted: whether to load the adapter into the backbone. Otherwise, only its task and image size are used.
     device: if not empty, it replaces the setting `device`, and the precision is fp32.
     """
     own = adapter.task if adapter and config.task in ("auto", adapter.task.get("name")) else {}
@@ -156,7 +156,7 @@ def open_task(
         )  # fmt: skip
     task = task_of(backbone, adapter, config)
     if adapted and adapter:
-        apply_adapter(task, adapter, merge=True)
+        apply_adapter(task, adapter, config.merge if isinstance(config, InferConfig) else True)
     return task, precision
 
 
@@ -198,7 +198,7 @@ def task_of(
             f"the adapter was trained for the unknown task {name!r}; set TASK (--task) to one of {', '.join(TASKS)}"
         )
     task = TASKS[name](backbone, "" if prompt == "none" else prompt, generation)
-    if adapter and attached.adapters(backbone.model):
+    if adapter and attached.names(backbone.model):
         task.load_metadata(own)
     return task
 

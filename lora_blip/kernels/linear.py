@@ -81,9 +81,14 @@ def is_frozen(linear: Any) -> bool:
 
 def can_bypass(linear: Any, own_hooks: int = 0) -> bool:
     """Return True if W and b are frozen, and the module has only our hooks: `own_hooks` pre-hooks and as many hooks."""
+    return is_frozen(linear) and not has_other_hooks(linear, own_hooks)
+
+
+def has_other_hooks(linear: Any, own_hooks: int = 0) -> bool:
+    """Return True if a module has another `forward`, or more hooks than ours: `own_hooks` pre-hooks and as many hooks."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, _global_forward_pre_hooks, _global_forward_hooks
     others = linear._backward_hooks or linear._backward_pre_hooks or "forward" in vars(linear)
-    return is_frozen(linear) and not others and tuple(map(len, hooks)) == (own_hooks, own_hooks, 0, 0)
+    return bool(others) or tuple(map(len, hooks)) != (own_hooks, own_hooks, 0, 0)
 
 
 def in_transform() -> bool:

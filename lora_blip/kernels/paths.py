@@ -53,7 +53,8 @@ def parsed(processor: str, values: Any) -> PathLimits:
     """Return a row from JSON. Raise ValueError if an entry is missing, unknown or out of range."""
     names = [entry.name for entry in fields(PathLimits) if entry.name != "processor"]
     if isinstance(values, Mapping) and values.get("separate_16bit") in (True, False):  # a row of an older version
-        values = {"fused_16bit": NEVER if values["separate_16bit"] else 0} | {**values}
+        separate = values["separate_16bit"]
+        values = {"fused_16bit": NEVER if separate else 0, **values} | ({} if separate else {"by_heads": NEVER})
         del values["separate_16bit"]
     if not isinstance(values, Mapping) or set(values) != set(names):
         raise ValueError(f"the entries of a row are {', '.join(names)}")

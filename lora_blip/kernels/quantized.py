@@ -110,9 +110,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def quantized_forward(linear: Any, x: Tensor) -> Tensor:
     """Return x Wᵀ + b in the dtype of x, or in that of autocast: what an nn.Linear with the dequantized weight returns."""
     x = as_autocast(x)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    trains_bias = torch.is_grad_enabled() and linear.bias is not None and linear.bias.requires_grad
+    if not trains_bias and not (torch.is_grad_enabled() and x.requires_grad):
         return quantized_product(x, linear)
-    if in_transform():
+    if in_transform() or trains_bias:  # autograd records the product
         return F.linear(x, dequantized(linear, x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
     y: Tensor = FrozenQuantizedProduct.apply(x, linear)
     return y

@@ -11,7 +11,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Return softmax(q kᵀ / √d + mask) v, (rows, heads, tokens, d), for k and v (rows, heads, keys, d).
 
     PyTorch's fused kernel keeps no scores. Separate operations are used if they are faster: in 16 bits on many CPUs (see
-    paths.json). There, the fused kernel takes twice as long, and its backward pass up to six times as long.
+    paths.json). There, the fused kernel takes up to 2.3 times as long.
     """
     if mask is not None and mask.dtype != q.dtype:  # float32's minimum is −inf in 16 bits
         mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
-from lora_blip.kernels.linear import PLAIN_LINEARS, PLAIN_TENSORS
+from lora_blip.kernels.linear import PLAIN_LINEARS, PLAIN_TENSORS, has_other_hooks
 from lora_blip.kernels.plain import is_plain, needs_library
 from lora_blip.kernels.sdpa import attend
 
@@ -77,7 +77,7 @@ class TextAttention(BlipTextSelfAttention):
     ) -> Any:
         """Return (output, None), the output with the shape of hidden_states (rows, tokens, width).
 
-        The masks are added to the scores (rows, 1, tokens, keys).
+        A mask (rows, 1, tokens or 1, keys) is added to the scores.
         """
         crosses, source = encoder_hidden_states is not None, ACTIVE.sources.get(id(self))
         if encoder_hidden_states is not None and source is None and not encoder_hidden_states.shape[1]:
@@ -122,10 +122,7 @@ class TextAttention(BlipTextSelfAttention):
         It is faster for few queries and a small width. It cannot be used if key or value have hooks, such as an adapter's.
         """
         plain = all(
-            type(linear) in PLAIN_LINEARS
-            and type(linear.weight) in PLAIN_TENSORS
-            and not linear._forward_hooks
-            and not linear._forward_pre_hooks
+            type(linear) in PLAIN_LINEARS and type(linear.weight) in PLAIN_TENSORS and not has_other_hooks(linear)
             for linear in (self.key, self.value)
         )
         return plain and 4 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= 4 * states.shape[1]

@@ -122,7 +122,7 @@ def save(
             )
     tensors = {key: value for address, lora in loras.items() for key, value in tensors_of(address, lora).items()}
     check_values(path, tensors, [lora.site for lora in loras.values()])
-    base_samples = backbone.samples if isinstance(backbone, Loaded) else None
+    base_samples = samples(model, loras.values(), backbone.samples if isinstance(backbone, Loaded) else None)
     variant = next(iter(loras.values())).site.variant
     import transformers  # late: it takes a second, and reading a file does not need it
 
@@ -138,7 +138,7 @@ def save(
             "name": backbone.name if isinstance(backbone, Loaded) else str(getattr(model, "name_or_path", "")),
             "architecture": type(model).__name__,
             "dtype": weights_dtype(model, loras.values()),
-            "samples": base_samples or samples(model, loras.values()),
+            "samples": base_samples,
             **_image_size(model),
         },
         "task": task or {},

@@ -41,9 +41,20 @@ def sampled(model: nn.Module, adapters: Iterable[LoRA]) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def samples(model: nn.Module, adapters: Iterable[LoRA]) -> dict[str, dict[str, Any]]:
-    """Return {path: fingerprint} of the sampled linears of a base."""
-    return {path: sample(model.get_submodule(path)) for path in sampled(model, adapters)}
+def samples(
+    model: nn.Module, adapters: Iterable[LoRA], earlier: dict[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return {path: fingerprint} of the sampled linears of a base.
+
+    earlier: fingerprints from before the weights were cast. One is used if it still fits the weight: `bake` changes weights,
+    but not those of a quantized linear.
+    """
+    result, earlier = {}, earlier or {}
+    for path in sampled(model, adapters):
+        linear, before = model.get_submodule(path), earlier.get(path)
+        now = before if before and is_quantized(linear) else sample(linear)
+        result[path] = before if before and same_weights(before, now) else now
+    return result
 
 
 def sample(linear: Any) -> dict[str, Any]:

@@ -14,11 +14,11 @@ there. It is also not used without gradients, and if the results could differ:
 
 - there is dropout, or not every adapter acts on every row;
 - a weight is quantized or merged, or the linear has other hooks;
-- the adapter is of a class that is not in `variants.FUSED`;
+- the adapter has hooks, or is of a class that is not in `variants.FUSED`;
 - the call is inside a transform of torch.func, or under torch.compile, which fuses kernels itself.
 
-In these cases `short_update` runs if the linear has one adapter, without dropout, for all output features of all rows. It has
-fewer operations than `lora_hook`, and autograd records them. In all other cases `lora_hook` itself runs.
+In some of these cases `short_update` runs (see `is_short`), for example for a small linear with one adapter. It has fewer
+operations than `lora_hook`, and autograd records them. In all other cases `lora_hook` itself runs.
 
 The fused update has no second derivatives: to compute them, call `attached.fast(model, False)`.
 """
@@ -60,7 +60,9 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     if stack.merged or not can_bypass(linear, own_hooks=1):  # one pre-hook and one hook: ours
         return None
-    if any(type(lora) not in FUSED or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
+    if any(type(lora) not in FUSED or (lora.dropout and lora.training) or is_changed(lora) for lora in stack.values()):
+        return None
+    if in_transform():
         return None
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
         return None  # for 16-bit weights without autocast, `lora_hook` computes the update in float32
@@ -92,7 +94,8 @@ def is_short(linear: Any, args: tuple[Any, ...], output: Tensor) -> bool:
 
 def is_changed(lora: Any) -> bool:
     """Return True if an adapter has hooks or another `forward`, for example of accelerate. They act only if it is called."""
-    return bool(lora._forward_hooks or lora._forward_pre_hooks or lora._backward_hooks or "forward" in vars(lora))
+    hooks = lora._forward_hooks or lora._forward_pre_hooks or lora._backward_hooks or lora._backward_pre_hooks
+    return bool(hooks or "forward" in vars(lora))
 
 
 def short_update(linear: Any, x: Tensor, output: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from lora_blip.lora.attached import (
 )
 from lora_blip.lora.attached import names as attached_names
 from lora_blip.lora.layer import AdapterStack, LoRA
-from lora_blip.lora.mergeable import check_mergeable
+from lora_blip.lora.mergeable import check_mergeable, check_stored
 from lora_blip.lora.merging import fold_all, write_back
 from lora_blip.lora.save_guard import guard
 from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, modules_of, name_of
@@ -83,11 +83,25 @@ def put(model: nn.Module, sites: Iterable[Site], dropout: float, name: str, valu
     modules = modules_of(model)
     for site in sites:
         check_decomposable(site, modules[site.module])
-    for site in sites:
-        attach(modules[site.module], site, dropout, name, values)
+    try:
+        for site in sites:
+            attach(modules[site.module], site, dropout, name, values)
+    except BaseException:  # such as too little memory, or Ctrl-C
+        for site in sites:
+            remove(modules[site.module], name)
+        raise
     share_routing(model)
     add_fused_hooks(model)
     guard(model)
+
+
+def remove(linear: Any, name: str) -> None:
+    """Remove an adapter that is not merged from a linear, if it is there."""
+    stack = linear._modules.get("lora", {})
+    for key in [key for key in stack if name_of(key) == name]:
+        del stack[key]
+    if "lora" in linear._modules and not stack:
+        detach(linear)
 
 
 def freeze(model: nn.Module) -> None:
@@ -131,6 +145,9 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
                 raise LoRAError("a block of `use_adapters` names the adapter; leave that block first, then eject")
         refold = {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged}
         check_mergeable(model, refold)
+        for path, linear in hooked.items():
+            if linear.lora.merged & leaving[path]:
+                check_stored(path, linear)
         fold_all(hooked, refold)
         for path, linear in hooked.items():
             if linear.lora.merged & leaving[path]:

@@ -11,8 +11,8 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and freezes all parameters that belong to no adapter. By default (the setting FAST),
-`fused_hook` takes the place of `lora_hook`. It needs less memory in training. If it cannot run or is slower, `lora_hook` runs.
+`inject` does this for every target, and freezes all parameters that belong to no adapter. By default, `fused_hook` takes the
+place of `lora_hook`: it computes the same in fewer operations or with less memory. With FAST = False, `lora_hook` always runs.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W).
 Then `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (files).
@@ -95,7 +95,7 @@ class AdapterStack(nn.ModuleDict):
 
     @property
     def unmerged(self) -> list[str]:
-        """The names of the adapters that `state_dict` contains: not merged, and not of a `Captioner`."""
+        """Return the names of the adapters that `state_dict` contains: not merged, and not of a `Captioner`."""
         return [name_of(key) for key in self if not self.is_left_out(key)]
 
     def is_left_out(self, key: str) -> bool:
@@ -104,17 +104,17 @@ class AdapterStack(nn.ModuleDict):
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the tensors of the adapters in `unmerged`. Raise LoRAError inside `save_pretrained` if there are any."""
-        if self.unmerged:
-            refuse_inside_save_pretrained(self.unmerged)
+        refuse_inside_save_pretrained(self.unmerged)
         destination = {} if destination is None else destination
-        for key, adapter in self.items():
-            if not self.is_left_out(key):
-                adapter.state_dict(destination=destination, prefix=f"{prefix}{key}.", keep_vars=keep_vars)
+        for key in (key for key in self if not self.is_left_out(key)):
+            self[key].state_dict(destination=destination, prefix=f"{prefix}{key}.", keep_vars=keep_vars)
         return destination
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as usual. The tensors of the adapters that `state_dict` leaves out may be missing."""
         super()._load_from_state_dict(state, prefix, *args)
         for key in filter(self.is_left_out, self):
+            if key in self.merged and any(name.startswith(f"{prefix}{key}.") for name in state):
+                args[-1].append(f"{prefix}{key} is merged in this model only; call lora_blip.restore(model), and load again")
             for parameter, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
                 state.setdefault(parameter, value)

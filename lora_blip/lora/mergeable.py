@@ -28,6 +28,17 @@ def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:
             )
 
 
+def check_stored(path: str, linear: Any, effect: str = "the original weight cannot be put back; first") -> None:
+    """Raise LoRAError if a weight is not a parameter or a buffer, but computed in each forward."""
+    weight = linear.weight
+    if weight is not linear._parameters.get("weight") and weight is not linear._buffers.get("weight"):
+        raise LoRAError(
+            f"{path!r} computes its weight in each forward (parametrize, weight_norm, prune), so {effect} make it a parameter "
+            "again: torch.nn.utils.parametrize.remove_parametrizations(linear, 'weight'), remove_weight_norm(linear) or "
+            "prune.remove(linear, 'weight')"
+        )
+
+
 def _check_weight(path: str, linear: Any) -> None:
     refuse_meta(path, linear)
     if is_quantized(linear):
@@ -37,12 +48,8 @@ def _check_weight(path: str, linear: Any) -> None:
             "use the adapter unmerged, load the base in fp16, bf16 or fp32, or write a dequantized and merged folder: "
             "lora-blip export RUN --output-dir FOLDER"
         )
+    check_stored(path, linear, "an update would be lost; use the adapter unmerged, or first")
     weight = linear.weight
-    if weight is not linear._parameters.get("weight") and weight is not linear._buffers.get("weight"):
-        raise LoRAError(
-            f"{path!r} computes its weight in each forward (parametrize, weight_norm, prune), so an update would be lost; use "
-            "the adapter unmerged, or first call torch.nn.utils.parametrize.remove_parametrizations(linear, 'weight')"
-        )
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise LoRAError(f"{path!r} was created in torch.inference_mode and cannot be changed; load the base outside of it")
     if _overlaps_itself(weight):

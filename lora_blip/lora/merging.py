@@ -20,7 +20,7 @@ from lora_blip.lora.attached import (
     share_routing,
 )
 from lora_blip.lora.layer import AdapterStack, LoRA
-from lora_blip.lora.mergeable import check_mergeable
+from lora_blip.lora.mergeable import check_mergeable, check_stored
 from lora_blip.lora.sites import name_of
 from lora_blip.lora.variants import FUSED, change_of, original_of
 
@@ -64,7 +64,10 @@ def restore(model: nn.Module | Loaded) -> None:
     """
     model = model_of(model)
     with share_routing(model).lock:
-        for linear in adapted_linears(model).values():
+        merged = {path: linear for path, linear in adapted_linears(model).items() if linear.lora.merged}
+        for path, linear in merged.items():
+            check_stored(path, linear)
+        for linear in merged.values():
             write_back(linear)
 
 

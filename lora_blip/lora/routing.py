@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from lora_blip.errors import LoRAError
-from lora_blip.lora.attached import Loaded, check_names, every_adapter, has_adapters, has_merged, model_of, share_routing
+from lora_blip.lora.attached import (
+    Loaded,
+    check_names,
+    check_unheld,
+    every_adapter,
+    has_adapters,
+    has_merged,
+    model_of,
+    share_routing,
+)
 from lora_blip.lora.call_batch import call_batch, watch
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputing
@@ -73,15 +82,17 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
 def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     """Disable the named adapters inside the block (all, if no name is given), in this thread or task.
 
-    Raise LoRAError for an unknown name, and if adapters are merged. In peft: `disable_adapter`.
+    The adapter of a `Captioner` still acts in the captioner's own calls. Raise LoRAError for an unknown name, for the name of
+    such an adapter, and if adapters are merged. In peft: `disable_adapter`.
 
     >>> with lora_blip.disable_adapters(backbone):
     ...     states = backbone.model.vision_model(torch.zeros(1, 3, 96, 96)).last_hidden_state
     """
     model = model_of(model, next(iter(names), None), 'lora_blip.disable_adapters(backbone, "default")')
     check_names(model, names)
-    disabled = frozenset(names or (name for name, _ in every_adapter(model)))
+    check_unheld(model, *names)
     routing = share_routing(model)
+    disabled = frozenset(names or (name for name, _ in every_adapter(model) if name not in routing.dormant))
     with _block(model, "disabled", lambda off: replace(routing.active, off=off | disabled)):
         yield
 

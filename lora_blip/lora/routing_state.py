@@ -70,7 +70,7 @@ class AdapterRouting:
 
     @property
     def block(self) -> Optional["Block"]:
-        """The innermost block of this model in the current context."""
+        """Return the innermost block of this model in the current context."""
         block = CURRENT.get() if self.entered else None  # torch.compile cannot trace a ContextVar
         while block is not None and (block.routing is not self or block.ended):
             block = block.outer
@@ -78,7 +78,7 @@ class AdapterRouting:
 
     @property
     def active(self) -> ActiveAdapters:
-        """The active adapters of the current thread or task."""
+        """Return the active adapters of the current thread or task."""
         block = self.block
         return ALL_ACTIVE if block is None else block.active
 

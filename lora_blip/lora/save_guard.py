@@ -47,11 +47,11 @@ def unguard(model: nn.Module) -> None:
 
 
 def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
-    """Raise LoRAError if a `save_pretrained` is among the callers.
+    """Raise LoRAError if there are unmerged adapters and a `save_pretrained` is among the callers.
 
     A larger model that contains this one has no guard, and its `save_pretrained` calls `state_dict`.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1) if unmerged else None
     while frame is not None:
         if frame.f_code.co_name == NAME:
             refuse(unmerged)

@@ -144,7 +144,17 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def _any_compiled(modules: Iterable[nn.Module]) -> bool:
-    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
+    return any(
+        m._compiled_call_impl is not None
+        or "_orig_mod" in m._modules
+        or _is_compiled_function(vars(m).get("forward"))  # model.forward = torch.compile(model.forward)
+        for m in modules
+    )
+
+
+def _is_compiled_function(function: Any) -> bool:
+    """Return True for a result of torch.compile. That of torch.compiler.disable has the first attribute too."""
+    return hasattr(function, "_torchdynamo_orig_callable") and not getattr(function, "_torchdynamo_disable", False)
 
 
 def list_sites(sites: Any) -> list[Site]:

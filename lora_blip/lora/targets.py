@@ -81,6 +81,8 @@ def parse(target: str, r: int, alpha: float) -> Pattern:
     own = dict(piece.split("=") for piece in match["own"].split(":") if piece)
     if not own.get("r", "1").isdecimal() or int(own.get("r", 1)) < 1:
         raise TargetError(f"target {target.strip()!r}: r must be a whole number of at least 1, such as vit:r=8")
+    if own.get("alpha", "1").count(".") > 1 or own.get("alpha", "1") == ".":
+        raise TargetError(f"target {target.strip()!r}: alpha must be a number, such as vit:alpha=8")
     rank = int(own.get("r", r))
     layers = None
     if match["first"] is not None:

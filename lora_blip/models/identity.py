@@ -1,4 +1,8 @@
-"""Digests of a base. Equal digests mean equal weights, or equal processing of images and texts."""
+"""Digests of a base: of its weights, and of its processing of images and texts.
+
+Different digests mean different weights. Equal digests mean equal weights, unless values were exchanged on purpose: the digest
+of a large tensor contains samples, and the XOR of all values.
+"""
 
 import hashlib
 import json

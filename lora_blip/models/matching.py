@@ -56,7 +56,7 @@ class Matcher(ABC):
         return TokenizedTexts(pad(rows, tokenizer.pad_token_id), mask_of(rows), len(set(map(len, rows))) < 2)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Return the ViT's states (images, patches, width) of images (images, 3, H, W)."""
+        """Return the ViT's states (images, states, width) of images (images, 3, H, W)."""
         return self.project_vision(call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state)
 
     def project_vision(self, states: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 def saves_tokens(rows: list[RowBuilder], tokens: TokenRows) -> bool:
-    """Return True if packed rows have fewer tokens than padded ones, with the padding."""
+    """Return True if the packed rows have fewer tokens than the padded ones. In both, padding counts."""
     lengths = [len(row.ids) for row in rows], [len(targets) for targets in tokens.targets]
     packed, padded = (len(each) * max(each) for each in lengths)
     return packed < padded

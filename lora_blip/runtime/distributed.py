@@ -47,7 +47,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """True in the one process that writes and prints."""
+        """Return True in the one process that writes and prints."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:

@@ -14,7 +14,15 @@ LOST_WORKER = (
     "processes (ulimit -u). Use fewer: NUM_WORKERS = 0 (--num-workers 0) loads images in the main process"
 )
 
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # in PyTorch's message if a CPU has too little memory
+OUT_OF_MEMORY = ("out of memory", CPU_ALLOCATOR)  # in PyTorch's messages for a GPU, and for a CPU
+
 LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")  # errors of a lost peer
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if PyTorch could not allocate memory on a GPU or a CPU."""
+    return any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from lora_blip.errors import LockedError
 from lora_blip.runtime.system_errors import writing
 
 NAME = ".lock"
+PROBE = 0.3  # seconds; `is_held` in another process has the lock for a shorter time
+HELD: set[Path] = set()  # folders whose locks this process holds
 
 
 @contextmanager
@@ -21,10 +24,44 @@ def held(folder: Path) -> Iterator[None]:
         file = path.open("a+b")
     with file:
         if not _lock(file):
-            raise LockedError(
-                f"another run is writing into {folder}; wait until it ends, or give another output_dir (--output-dir)"
-            )
-        yield
+            time.sleep(PROBE)
+            if not _lock(file):
+                raise LockedError(
+                    f"another run is writing into {folder}; wait until it ends, or give another output_dir (--output-dir)"
+                )
+        HELD.add(folder.resolve())
+        try:
+            yield
+        finally:
+            HELD.discard(folder.resolve())
+
+
+def is_held(folder: Path) -> bool:
+    """Return True if this or another process holds the lock of a folder."""
+    if folder.resolve() in HELD:  # do not open the file: closing it would release the lock of this process
+        return True
+    try:
+        with (folder / NAME).open("r+b") as file:
+            if not _lock(file):
+                return True
+            _unlock(file)
+            return False
+    except OSError:
+        return False
+
+
+def _unlock(file: IO[bytes]) -> None:
+    """Release the lock now. Windows may release it some time after the file is closed."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        windows: Any = msvcrt
+        file.seek(0)
+        windows.locking(file.fileno(), windows.LK_UNLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_UN)
 
 
 def _lock(file: IO[bytes]) -> bool:

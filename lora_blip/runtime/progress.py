@@ -154,7 +154,7 @@ class Heartbeat:
 
 @contextmanager
 def heartbeat(first: str = "starting", clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """Inside the block, print at least a line every ten seconds to a standard output that is not a terminal.
+    """Print at least a line every ten seconds inside the block, to a standard output that is not a terminal.
 
     first: the name of the work before the first `phase`.
     """

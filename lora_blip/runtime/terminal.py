@@ -35,7 +35,7 @@ codecs.register_error(ERRORS, replace_unprintable)
 
 @contextmanager
 def terminal_streams() -> Iterator["list[TerminalStream]"]:
-    """Inside the block, sys.stdout and sys.stderr are TerminalStreams. Yield both."""
+    """Make sys.stdout and sys.stderr TerminalStreams inside the block. Yield both."""
     reserve_descriptors()
     before = sys.stdout, sys.stderr
     with ExitStack() as closing:
@@ -52,7 +52,7 @@ def terminal_streams() -> Iterator["list[TerminalStream]"]:
 
 @contextmanager
 def encodable_output() -> Iterator[None]:
-    """Inside the block, printing never raises UnicodeEncodeError: a code page such as cp1252 has no "→" and no Chinese.
+    """Make printing inside the block never raise UnicodeEncodeError: a code page such as cp1252 has no "→" and no Chinese.
 
     Output that is redirected to a file has the encoding of the console or of PYTHONIOENCODING. Files that we open are UTF-8.
     """

@@ -25,6 +25,7 @@ from lora_blip.models.compilation import uncompiled
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.runtime.distributed import ALONE, Ranks
+from lora_blip.runtime.limits import is_out_of_memory
 from lora_blip.tasks import verification_record
 from lora_blip.tasks.base import BaseTask, Generation, PredictionTask, Task, TrainingTask
 from lora_blip.tasks.differences import (
@@ -71,9 +72,10 @@ def before_training(
     """
     if not task.backbone.fast:
         return
-    key = verification_record.key_of(
-        task, verification_record.base_of(task.backbone), precision, settings | {"of": "training", "predicts": predicts}
+    own = {"of": "training", "predicts": predicts} | (
+        {"beams": task.generation.num_beams} if predicts and task.writes_text else {}
     )
+    key = verification_record.key_of(task, verification_record.base_of(task.backbone), precision, settings | own)
 
     def compare() -> list[Difference]:
         differences = training_differences(task, batch, autocast, bound_of(task, precision))
@@ -113,13 +115,11 @@ def check(
             differences = compare()
         except UncheckedError as error:
             problem = str(error)
-        except RuntimeError as error:
-            if "out of memory" in str(error):
+        except Exception as error:  # the other ranks wait for the result of this one
+            if is_out_of_memory(error):
                 problem = first_line(error)
             else:
                 differences = [failure(error)]
-        except Exception as error:  # the other ranks wait for the result of this one
-            differences = [failure(error)]
     wrong = [each for each in differences if each.too_large]
     bad, unchecked = ranks.sum(len(wrong), bool(problem))  # over all processes
     seconds = f"{time.perf_counter() - start:.1f} s"

@@ -41,7 +41,7 @@ class Saved:
 
     @property
     def run(self) -> Path:
-        """The folder of the run."""
+        """Return the folder of the run."""
         return self.folder.parent.parent
 
     def tensors(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import TrainingError
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
-from lora_blip.runtime.limits import is_lost_peer
+from lora_blip.runtime.limits import CPU_ALLOCATOR, is_lost_peer, is_out_of_memory
 from lora_blip.tasks.base import Task
 from lora_blip.training import checkpoint, preflight
 from lora_blip.training.learner import Autocast, Update
@@ -24,18 +24,19 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
             "another process was lost. Start all processes again with the same settings: they resume from the last checkpoint "
             f"in {run.folder}. With torchrun --max-restarts 3, this happens automatically"
         )
-    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+    if not isinstance(error, torch.OutOfMemoryError) and not is_out_of_memory(error):
         return error
-    side = task.backbone.image_size
+    side, device = task.backbone.image_size, "cpu" if CPU_ALLOCATOR in str(error) else task.backbone.device
     saved = checkpoint.newest(run.folder)[0] if run else None
     resume = ""
     if saved:
         step = saved.state["progress"]["step"]
         resume = f"\nThe run is saved after step {step}; resume it with: --resume {saved.run} --allow-changed"
     half, double = config.batch_size // 2, 2 * config.accumulation
-    smaller = f"--batch-size {half} --accumulation {double}, which gives the same updates; or " if half else ""
+    same = "" if config.dropout or task.name == "retrieval" else ", which gives the same updates"
+    smaller = f"--batch-size {half} --accumulation {double}{same}; or " if half else ""
     return TrainingError(
-        f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of {side}×{side}. "
+        f"{device} ran out of memory at batch_size = {config.batch_size} and images of {side}×{side}. "
         f"Try {smaller}--checkpointing, --base-dtype bf16 or a smaller --image-size.{resume}"
     )
 

@@ -79,9 +79,9 @@ class Objective(nn.Module):
 class Learner:
     """The parameters, optimizer, loss scaler and progress of a run.
 
-    A step of several micro-batches equals a step with one batch of all their rows, except in retrieval, where negatives come
-    from the micro-batch. Each label token (for retrieval: each row) has the same weight, in every micro-batch of every
-    process. In VQA, this weight is multiplied by that of its answer.
+    A step of several micro-batches equals a step with one batch of all their rows. There are two exceptions: in retrieval, the
+    negatives come from the micro-batch, and dropout draws a mask for each micro-batch. Each label token (for retrieval: each
+    row) has the same weight, in every micro-batch of every process. In VQA, this weight is multiplied by that of its answer.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The loss scale of fp16: a number on the host, so that a step reads the device only once.
 
-An fp16 gradient below 6e-8 becomes zero. So the loss is multiplied by S before the backward pass, and the gradients by 1 / S
-after it. If a gradient overflows, the step is skipped and S is halved. After `growth_interval` steps without an overflow, S is
-doubled (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
+An fp16 gradient of at most 2⁻²⁵ ≈ 3e-8 becomes zero. So the loss is multiplied by S before the backward pass, and the gradients
+by 1 / S after it. If a gradient overflows, the step is skipped and S is halved. After `growth_interval` steps without an
+overflow, S is doubled (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
 
 `torch.amp.GradScaler` computes the same. It keeps S on the device, and reads it and a flag there in each step.
 """

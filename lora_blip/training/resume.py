@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from operator import attrgetter
@@ -118,12 +119,17 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
     for folder in sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True):
         saved, problems = checkpoint.newest(folder.parent)
         notes += problems
-        if saved is None or saved.state["run"]["name"] != folder.parent.name:  # a copy, such as a backup
+        if saved is None:
             continue
-        changed = _changes_since(saved, config, current)
-        if not changed:
+        changed, name = _changes_since(saved, config, current), str(saved.state["run"]["name"])
+        if name != saved.run.name:
+            is_copy = os.path.lexists(saved.run.parent / name)  # such as a backup
+            if not (changed or is_copy or lock.is_held(saved.run)):
+                notes.append(f"{saved.run} was interrupted and renamed (from {name}). To resume it, add --resume {saved.run}")
+        elif not changed:
             return saved, notes
-        others.append((saved, changed))
+        elif not lock.is_held(saved.run):  # another process is training it
+            others.append((saved, changed))
     if others and config.allow_changed:
         saved, changed = others[0]
         return saved, notes + _notes_on_changes(changed)

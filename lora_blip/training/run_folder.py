@@ -241,7 +241,7 @@ class Run:
 
     @property
     def checkpoint_is_due(self) -> bool:
-        """True if `checkpoint_seconds` have passed since the last checkpoint, by the clock of the main process."""
+        """Return True if `checkpoint_seconds` have passed since the last checkpoint, by the clock of the main process."""
         return self.main and time.perf_counter() - self.checkpointed >= self.config.checkpoint_seconds
 
     def checkpoint(self) -> None:

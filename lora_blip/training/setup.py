@@ -167,7 +167,8 @@ def run_checks(ranks: Ranks, prepared: PreparedRun) -> None:
     model.train()
     # with sharded weights, a forward calls collectives, which `Ranks.together` forbids
     independent = distributed.ALONE if config.shard else ranks
-    print(independent.together(lambda: preflight_report(config, task, first, autocast)), "\n", sep="")
+    unstored = replace(first, cached_states=None)  # the cache must not keep states of a fast path that is not yet verified
+    print(independent.together(lambda: preflight_report(config, task, unstored, autocast)), "\n", sep="")
     if config.compile:
         frozen, blocks = first_adapted_block(model)[0], len(model.vision_model.encoder.layers)
         compile_blocks(model, frozen)

@@ -37,9 +37,11 @@ def score_line(folder: Path, best: Best, start: str = "base") -> str:
         return f"{line}and no later validation was better: the adapter does not improve on the {start}"
     line += f"best adapter {score_value(best.by, value)}, after step {best.step}: {printable(folder / BEST_NAME)}"
     if best.by != "loss" and base is not None and value <= base:
+        seldom = 'Long captions are seldom equal to a reference: for them, set BEST_BY = "cider" (--best-by cider). '
         line += (
-            f"\nwarning: no step has a better {score_name(best.by)} than the {start}, so this step was chosen by its loss. If "
-            f"the validation images are a class of their own, hold out others; the last weights are in {ADAPTER_NAME}"
+            f"\nwarning: no step has a better {score_name(best.by)} than the {start}, so this step was chosen by its loss. "
+            f"{seldom * (best.by == 'exact_match')}If the validation images are a class of their own, hold out others; "
+            f"the last weights are in {ADAPTER_NAME}"
         )
     return line
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 from unittest.mock import Mock
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from lora_blip.config import EvaluateConfig, TrainConfig
 from lora_blip.data import annotations
+from lora_blip.data.prepare import detection
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
 from lora_blip.evaluation import comparison
@@ -335,6 +337,10 @@ def test_web_addresses_instead_of_files_are_one_error_with_img2dataset_s_command
     assert command in str(error.value)
     assert str(error.value).endswith(f"lora-blip prepare --source {path.stem}_images")
     assert ("printf 'caption\\turl\\n'" in str(error.value)) == (name == "cc3m.tsv")
+
+
+def test_the_setting_format_accepts_each_format_that_is_detected():
+    assert {*get_args(get_type_hints(PrepareConfig)["format"])} == {"auto", *detection.FORMATS}
 
 
 def test_a_column_of_addresses_beside_file_names_is_no_error(run, tmp_path):

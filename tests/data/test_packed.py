@@ -142,6 +142,17 @@ def test_chats_in_parquet_are_read_with_their_image_in_a_list(run, pa, tmp_path,
     assert reasons == ["it has 2 images; an example has one"]
 
 
+@pytest.mark.parametrize(("address", "caption"), [("URL", "TEXT"), ("image", "caption"), ("x" * 400, "TEXT")])
+def test_web_addresses_in_parquet_are_one_error_with_img2dataset_s_command(run, pa, tmp_path, address, caption):
+    """LAION is published as Parquet with the columns URL and TEXT."""
+    path = table(tmp_path / "laion.parquet", pa, [{address: "https://x.com/1.jpg", caption: "a cat", "WIDTH": 5}])
+    given = {"image_key": address} if len(address) > 100 else {}
+    with pytest.raises(DataError, match=r"web addresses instead of image paths; download the images with img2dataset") as error:
+        run(path, **given)
+    columns = ("URL", "TEXT") if given else (address, caption)
+    assert f"--input_format parquet --url_col {columns[0]} --caption_col {columns[1]} " in str(error.value)
+
+
 def test_a_metadata_parquet_names_the_images_of_its_folder(run, pa, tmp_path):
     for level, split in ((10, "train"), (20, "test")):
         table(tmp_path / f"d/{split}/metadata.parquet", pa, [{"file_name": "1.png", "text": split}])

@@ -181,6 +181,7 @@ def test_leaks_are_found_and_printed_before_the_scores(checkpoints, here, capsys
     assert warning.startswith("2 of 6 evaluation images are in the training data")
     assert figures["facts"]["leaks"] == "2 found among the 3 images of train.jsonl"
     printed = capsys.readouterr().out
+    assert "evaluation images in the training data: 2 found among the 3 images of train.jsonl\n" in printed
     assert printed.index("WARNING: 2 of 6") < printed.index("adapted  ") and "Read " in page and warning[:40] in page
     without_search = evaluated(refs, adapter=str(path), train_annotations="none")[0]
     assert page.count("same bytes as") >= 1 and without_search["leaks"] == []
@@ -200,12 +201,13 @@ def test_leaks_are_found_and_printed_before_the_scores(checkpoints, here, capsys
         ),
     ],
 )
-def test_missing_training_data_is_a_note_and_not_an_error(checkpoints, here, lines, why):
+def test_missing_training_data_is_a_printed_note_and_not_an_error(checkpoints, here, lines, why, capsys):
     if lines is not None:
         write_lines(here / "train.jsonl", lines)
     path = adapter_of(checkpoints["blip"], here, settings={"annotations": "train.jsonl"})
     refs = references(here, 2)
     assert evaluated(refs, adapter=str(path))[0]["facts"]["leaks"].startswith(why)
+    assert f"evaluation images in the training data: {why}" in capsys.readouterr().out
     if not lines:  # an error, if --train-annotations names the file
         with pytest.raises(DataError, match=r"train\.jsonl"):
             evaluated(refs, adapter=str(path), train_annotations="train.jsonl")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from lora_blip.data.example import Example
-from lora_blip.errors import ImageError
+from lora_blip.errors import ImageError, ModelError
 from lora_blip.inference.batch_runner import Runner, is_device_failure
 from tests.support import tiny
 
@@ -32,8 +32,10 @@ class Weights(nn.Linear):
 class Fragile:
     """A task whose device fails for more than `limit` images. If `stuck`, its weights cannot be copied from the device."""
 
-    def __init__(self, limit: int, stuck: bool = False, device: torch.device = FAILING) -> None:
-        self.limit, self.stuck = limit, stuck
+    def __init__(
+        self, limit: int, stuck: bool = False, device: torch.device = FAILING, failing: torch.device = FAILING
+    ) -> None:
+        self.limit, self.stuck, self.failing = limit, stuck, failing
         self.backbone = SimpleNamespace(model=Weights(1, 1), device=device, image_processor=tiny.image_processor())
         self.sizes: list[tuple[str, int]] = []
         self.error: Exception = torch.OutOfMemoryError("out of memory: tried to allocate 20 GiB\nand more lines")
@@ -41,7 +43,7 @@ class Fragile:
     def predict(self, pictures: torch.Tensor, examples: list[Example]) -> list[str]:
         assert len(pictures) == len(examples) and pictures.device == self.backbone.device
         self.sizes.append((self.backbone.device.type, len(examples)))
-        if self.backbone.device != CPU and len(examples) > self.limit:
+        if self.backbone.device == self.failing and len(examples) > self.limit:
             raise self.error
         return [f"{self.backbone.device.type} {example.image.stem}" for example in examples]
 
@@ -103,6 +105,19 @@ def test_if_weights_cannot_be_copied_from_the_device_the_task_is_loaded_again(ph
         ran(Runner(Fragile(limit=0, stuck=True), 4), photos)  # without reload_on_cpu, the device's own error
 
 
+def test_weights_that_cannot_be_cast_are_loaded_again_on_the_cpu(photos):
+    """A base of bitsandbytes raises ValueError if it is cast to float32."""
+    task: Any = Fragile(limit=0)
+
+    def move(_device: torch.device) -> None:
+        raise ValueError("Casting a quantized model to a new `dtype` is unsupported.")
+
+    task.move = move
+    reloaded = Fragile(limit=99, device=CPU)
+    runner = Runner(task, 4, reload_on_cpu=lambda: reloaded)
+    assert len(ran(runner, photos)) == len(photos) and runner.task is reloaded
+
+
 def test_an_error_neither_loses_nor_repeats_earlier_predictions(photos):
     """The results of the first half are yielded before the second half fails."""
     task: Any = Fragile(limit=2, stuck=True)
@@ -137,10 +152,17 @@ def test_errors_that_are_not_the_devices_pass_through_unchanged(photos, error):
     assert caught.value is error and task.sizes == [("meta", 4)]
 
 
-def test_an_error_on_the_cpu_is_not_retried(photos):
-    task: Any = Fragile(limit=0, device=CPU)
-    task.predict = lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: not enough memory: out of memory"))
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+@pytest.mark.parametrize("message", ["can't allocate memory", "not enough memory"])
+def test_if_a_cpu_has_too_little_memory_batches_are_halved_and_the_error_has_a_fix(photos, message, capsys):
+    """These are PyTorch's messages on Linux and Windows."""
+    task: Any = Fragile(limit=2, device=CPU, failing=CPU)
+    task.error = RuntimeError(f"[enforce fail] DefaultCPUAllocator: {message}: you tried to allocate 1099511627776 bytes.")
+    assert len(ran(Runner(task, 4), photos)) == len(photos)
+    (line,) = warnings(capsys)
+    assert "cpu failed" in line and "continuing with batches of at most 2" in line
+    task = Fragile(limit=0, device=CPU, failing=CPU)
+    task.error = RuntimeError(f"[enforce fail] DefaultCPUAllocator: {message}: you tried to allocate 1099511627776 bytes.")
+    with pytest.raises(ModelError, match=rf"too little memory for a batch of one image .*{message}.*base_dtype = bf16"):
         ran(Runner(task, 4), photos)
 
 

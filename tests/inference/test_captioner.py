@@ -91,6 +91,9 @@ class AsyncUpload:
     async def read(self, _size: int = -1) -> bytes:
         return b""
 
+    async def seek(self, _offset: int) -> None:
+        """Do nothing."""
+
 
 def test_open_files_are_images_that_are_read_once_and_from_their_start(captioner, photos):
     """Test open files, io.BytesIO after it was written, temporary files, members of an archive, and streams without seek."""
@@ -224,7 +227,7 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("image", "message"), NOT_IMAGES.values(), ids=NOT_IMAGES)
-def test_an_input_that_is_no_image_is_an_error_with_its_position(captioner, photos, image, message, monkeypatch):
+def test_an_input_that_is_no_image_is_an_error_with_its_position(captioner, photos, image, message, monkeypatch, recwarn):
     """The error is raised before any computation, also without `strict`, because it is a mistake in the caller's code."""
     monkeypatch.setattr(captioner.runner, "compute", None)
     with pytest.raises(InputError, match=rf"images\[1\] .*{message}"):
@@ -232,6 +235,7 @@ def test_an_input_that_is_no_image_is_an_error_with_its_position(captioner, phot
     if not isinstance(image, list):
         with pytest.raises(TypeError, match=f"the image .*{message}"):
             captioner(image)
+    assert not [each for each in recwarn.list if "never awaited" in str(each.message)]
 
 
 def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos, tmp_path):
@@ -596,6 +600,16 @@ def test_a_prediction_is_json_in_one_step(photos, make):
     assert captioner(b"broken").to_dict().keys() == {"image", "error"}
 
 
+def test_after_a_fault_of_the_device_a_captioner_without_merge_still_has_its_hooks(workplace, monkeypatch):
+    """The base is loaded again on the CPU. The adapter must not be merged there, because the captioner looks for its hooks."""
+    monkeypatch.chdir(workplace)
+    captioner = Captioner.from_adapter("adapter1", merge=False, max_new_tokens=4)
+    expected = captioner("image_test/000.png").text
+    assert captioner.runner.reload_on_cpu is not None
+    captioner.runner.task = captioner.runner.reload_on_cpu()
+    assert attached.names(captioner.backbone.model) and captioner("image_test/000.png").text == expected
+
+
 def test_nothing_is_printed_on_stdout(workplace, monkeypatch, capsys):
     """A program may write its results there. The check of the fast path is reported on stderr."""
     monkeypatch.chdir(workplace)
@@ -624,6 +638,13 @@ def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monk
         lora_blip.eject(base, "default")
     with pytest.raises(LoRAError, match=r"type Captioner; give .* captioner\.backbone"):
         lora_blip.eject(captioner)  # type: ignore[arg-type]
+    with (
+        pytest.raises(LoRAError, match=r"'captioner_1' belongs to a Captioner"),
+        lora_blip.disable_adapters(base, "captioner_1"),
+    ):
+        pass
+    with lora_blip.disable_adapters(base):  # those of the caller
+        assert captioner("image_test/000.png") == expected
     with lora_blip.use_adapters(base, "captioner_1"):  # as in a call of another thread
         with pytest.raises(LoRAError, match="a Captioner is predicting with the adapter; wait"):
             lora_blip.eject(base)

@@ -115,7 +115,7 @@ def test_a_large_attention_of_a_vit_goes_by_heads_if_that_is_faster_than_both_ot
 
 
 def test_a_row_of_an_older_version_keeps_its_paths():
-    """It had one entry for all sizes: True for separate operations, False for PyTorch's fused kernel."""
-    for separate, limit in ((True, NEVER), (False, 0)):
+    """It had one entry for all sizes: True for separate operations, False for the fused kernel, never by heads."""
+    for separate, limit, by_heads in ((True, NEVER, ROW.by_heads), (False, 0, NEVER)):
         old = {name: value for name, value in VALID.items() if name != "fused_16bit"} | {"separate_16bit": separate}
-        assert paths.from_json(old | {"processor": "x"}) == replace(ROW, processor="x", fused_16bit=limit)
+        assert paths.from_json(old | {"processor": "x"}) == replace(ROW, processor="x", fused_16bit=limit, by_heads=by_heads)

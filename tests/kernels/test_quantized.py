@@ -93,6 +93,20 @@ def test_outputs_and_gradients_equal_those_of_the_dequantized_linear(kind, autoc
         assert (one - expected).abs().max() <= bound * expected.abs().max()
 
 
+@pytest.mark.parametrize("needs_dx", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_trained_bias_of_a_quantized_linear_has_a_gradient(kind, needs_dx):
+    own, results = linear(kind), []
+    for each in (own, twin(own)):
+        each.bias.requires_grad_()
+        torch.manual_seed(3)
+        x = torch.randn(2, 5, 32, requires_grad=needs_dx)
+        (each(x) ** 2).sum().backward()
+        results.append([each.bias.grad, *([x.grad] if needs_dx else [])])
+    for one, expected in zip(*results, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_an_output_depends_neither_on_the_other_rows_nor_on_the_mode(kind):
     """An extreme input in another row changes nothing. Training after a prediction computes what it computed before."""

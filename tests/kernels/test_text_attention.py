@@ -232,6 +232,22 @@ def test_few_queries_use_the_absorbed_path(dtype, masked, monkeypatch):
     assert far(outcome(fast, many, **named), outcome(plain, many, **named)) < BOUND[dtype] and not absorbed_calls
 
 
+CHANGES = {
+    "a backward hook": lambda linear: linear.register_full_backward_hook(lambda _m, dx, _dy: (2 * dx[0],)),
+    "a backward pre-hook": lambda linear: linear.register_full_backward_pre_hook(lambda _m, dy: (2 * dy[0],)),
+    "a replaced forward": lambda linear: setattr(linear, "forward", lambda x: 2 * nn.functional.linear(x, linear.weight)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_a_changed_key_or_value_does_not_use_the_absorbed_path(where, change, monkeypatch):
+    fast, states = quick(reader(torch.float32)), torch.randn(2, 40, 64)
+    CHANGES[change](getattr(fast, where))
+    monkeypatch.setattr(type(fast), "_absorbed", lambda *_: pytest.fail("the absorbed path was used"))
+    fast(torch.randn(2, 5, 32), encoder_hidden_states=states)
+
+
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_a_hook_on_key_or_value_is_always_called(where):
     """If key or value has a hook, as of an adapter, the projection is called with every state."""

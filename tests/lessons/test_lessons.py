@@ -112,6 +112,17 @@ def test_only_lesson_tools_makes_token_ids(path):
     assert uses_of_the_tokenizer("base.tokenizer.convert_tokens_to_ids('cube')") == []
 
 
+def test_every_lesson_loads_its_base_on_the_cpu():
+    """By default a base is loaded on a GPU, if there is one. The tensors of the lessons are on the CPU."""
+    calls = 0
+    for path in (*LESSONS, *FOLDER.glob("solutions/*.py"), FOLDER / "lesson_tools.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("load_backbone", "from_adapter")):
+                given, calls = {each.arg: ast.unparse(each.value) for each in node.keywords}, calls + 1
+                assert given.get("device") == "'cpu'" or given.get("base") == "backbone", f"{path.name}:{node.lineno}"
+    assert calls > 20
+
+
 def test_the_captions_of_a_lesson_are_those_of_a_training(monkeypatch):
     """`lesson_tools.tokenize` gives the input ids, the mask and the labels of the captioning task."""
     tools = lesson_tools(monkeypatch)

@@ -13,6 +13,7 @@ import torch
 from lora_blip.errors import AdapterError
 from lora_blip.inference.setup import task_of
 from lora_blip.lora import adapter_file, attached, merging
+from lora_blip.models import weights
 from lora_blip.runtime import runs
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
@@ -202,6 +203,25 @@ def test_an_untrained_adapter_is_not_saved_and_no_file_is_overwritten(make, tmp_
     with pytest.raises(AdapterError, match="exists already"):
         adapter_file.save(tmp_path / "a.safetensors", backbone)
     assert (tmp_path / "a.safetensors").read_text() == "existing" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_an_adapter_that_was_added_after_a_cast_is_saved_with_samples_of_its_own_base(make, tmp_path, baked):
+    """`cast_once` samples the linears that have adapters. Other linears get one later, or `bake` changes the weights."""
+    backbone = make("blip")
+    for lora in inject(backbone, "vit").values():
+        lora.B.data.normal_()
+    weights.cast_once(backbone, "bf16")
+    if baked:
+        merging.bake(backbone)
+    inject(backbone, "vit" if baked else "text", name="mine")
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone, name="mine")
+    assert adapter_file.read(path).tensors
+    if baked:  # the adapter belongs to the baked weights
+        with pytest.raises(AdapterError, match="are not those of the training"):
+            adapter_file.load(make("blip"), path)
+    else:
+        adapter_file.load(make("blip"), path)
 
 
 def test_a_second_adapter_needs_another_name(make, saved):

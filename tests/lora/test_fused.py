@@ -99,6 +99,32 @@ def test_the_fused_update_is_not_used_if_results_could_differ(monkeypatch):
     assert not fused_linears
 
 
+HOOKS = {  # hooks of an adapter, which act only if the adapter is called
+    "a hook": lambda lora: lora.register_forward_hook(lambda _module, _args, update: 2 * update),
+    "a pre-hook": lambda lora: lora.register_forward_pre_hook(doubled),
+    "a backward hook": lambda lora: lora.register_full_backward_hook(lambda _m, dx, _dy: (2 * dx[0],)),
+    "a backward pre-hook": lambda lora: lora.register_full_backward_pre_hook(lambda _m, dy: (2 * dy[0],)),
+    "a replaced forward": lambda lora: setattr(lora, "forward", lambda x: 2 * x @ lora.A.T @ lora.B.T),
+}
+
+
+@pytest.mark.parametrize("change", HOOKS)
+def test_hooks_of_an_adapter_act_in_training(change, monkeypatch):
+    """The first linear calls its adapter, also without the limit of small linears. The other linear uses the fused update."""
+    fused_linears, model = used(monkeypatch), network(sites=[Site("0", 2, 8.0), Site("2", 2, 2.0)])
+    x = torch.randn(4, 6)
+    before = gradients(model, x, False)
+    for lora in attached.adapters(model).values():
+        if lora.site.module == "0":
+            HOOKS[change](lora)
+    fused_linears.clear()
+    fused, plain = gradients(model, x, True), gradients(model, x, False)
+    assert len(fused_linears) == 1
+    for one, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert any(not torch.equal(one, other) for one, other in zip(before, plain, strict=True))
+
+
 def doubled(_linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (2 * args[0],)
 
@@ -245,9 +271,13 @@ def test_compiled_layers_train_like_eager_layers(monkeypatch):
 
 def test_inject_into_a_compiled_model_is_refused():
     """`inject` raises LoRAError, because a compiled model silently ignores hooks that are added later."""
-    for compiled in (torch.compile(nn.Sequential(nn.Linear(6, 12))), nn.Sequential(nn.Linear(6, 12))):
-        if not hasattr(compiled, "_orig_mod"):
-            compiled[0].compile()
+    whole, inner, by_forward = (nn.Sequential(nn.Linear(6, 12)) for _ in range(3))
+    inner[0].compile()
+    by_forward.forward = torch.compile(by_forward.forward)
+    for compiled in (torch.compile(whole), inner, by_forward):
         path = "_orig_mod.0" if hasattr(compiled, "_orig_mod") else "0"
         with pytest.raises(LoRAError, match=r"torch\.compile"):
             injection.inject(compiled, [Site(path)])
+    plain = nn.Sequential(nn.Linear(6, 12))
+    plain.forward = torch.compiler.disable(plain.forward)  # type: ignore[method-assign]
+    assert injection.inject(plain, [Site("0")])

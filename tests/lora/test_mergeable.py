@@ -229,6 +229,48 @@ def test_a_merge_or_bake_that_fails_halfway_restores_every_weight(monkeypatch, e
     torch.testing.assert_close(model(x), hooked, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("undo", [merging.restore, injection.eject], ids=["restore", "eject"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m: prune.l1_unstructured(m[1], "weight", 0.5),
+        lambda m: parametrizations.weight_norm(m[1]),
+        lambda m: weight_norm(m[1]),
+    ],
+    ids=["pruned", "weight_norm", "the older weight_norm"],
+)
+def test_a_weight_that_is_computed_since_the_merge_is_not_restored(compute, undo):
+    """The original would be written into a tensor that the next forward computes again, with the update in it."""
+    model = adapt(net())
+    merging.merge(model)
+    compute(model)
+    before = model[0].weight.clone()
+    with pytest.raises(LoRAError, match=r"'1' computes its weight .* the original weight cannot be put back; first make it"):
+        undo(model)
+    assert model[0].lora.merged and torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_injection_that_fails_halfway_leaves_no_adapter(monkeypatch, earlier):
+    """The second linear fails, for example because the memory does not suffice. Other adapters stay."""
+    model = adapt(net(), ("0", "2"), "other") if earlier else net()
+    x, keys, attach = torch.randn(2, 4), list(model.state_dict()), attached.attach
+    expected = model(x)
+
+    def fail(linear: Any, site: Site, *more: Any) -> None:
+        attach(linear, site, *more)
+        if site.module == "1":
+            raise MemoryError
+
+    monkeypatch.setattr(injection, "attach", fail)
+    with pytest.raises(MemoryError):
+        adapt(model)
+    assert attached.names(model) == ["other"] * earlier and list(model.state_dict()) == keys
+    assert torch.equal(model(x), expected) and not model[1]._forward_hooks
+    monkeypatch.undo()
+    assert len(injection.inject(model, [Site("0"), Site("1")])) == 2
+
+
 def test_an_eject_that_fails_halfway_restores_every_weight(monkeypatch):
     """Ejecting one of two merged adapters writes W + ΔW of the other, to all linears or to none."""
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")

@@ -123,3 +123,16 @@ def test_a_state_dict_has_only_the_adapters_that_are_not_merged():
     merging.restore(model)
     with pytest.raises(RuntimeError, match=r"0\.lora\.a\.A"):
         model.load_state_dict(state)
+
+
+def test_a_state_of_unmerged_adapters_is_not_loaded_into_a_merged_model():
+    """W of the state is without the update, and the hook skips merged adapters: the update would be lost without an error."""
+    model = adapt(net(), "a", "b")
+    x, state = torch.randn(2, 4), {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model(x)
+    merging.merge(model, "a")
+    with pytest.raises(RuntimeError, match=r"0\.lora\.a is merged in this model only; call lora_blip\.restore\(model\)"):
+        model.load_state_dict(state)
+    merging.restore(model)
+    model.load_state_dict(state)
+    assert torch.equal(model(x), expected)

@@ -52,6 +52,12 @@ def test_ranges_names_regexes_and_ranks_per_target(make):
     assert ranks.pop(one) == (6, 5.0) and set(ranks.values()) == {(2, 4.0)}
 
 
+@pytest.mark.parametrize(("target", "reason"), [("vit:alpha=1..5", "alpha"), ("vit:alpha=.", "alpha"), ("vit:r=1.5", "r")])
+def test_a_wrong_number_of_a_target_is_one_error(target, reason):
+    with pytest.raises(TargetError, match=rf"target '{target}': {reason} must be a .*number.*, such as vit:{reason}=8"):
+        targets.parse(target, 8, 32.0)
+
+
 def test_the_error_for_an_unmatched_target_lists_presets_and_modules(make):
     with pytest.raises(TargetError, match=r"'qformer' matches no linear of BlipForConditionalGeneration") as raised:
         targets.find(make("blip").model, "qformer")

@@ -297,11 +297,14 @@ def test_a_run_is_not_resumed_at_another_size(checkpoints, tmp_path):
     assert not resume.differences({}, {"image_size": 0}) and resume.differences({}, {"image_size": 16})
 
 
-def test_out_of_memory_names_the_size_of_the_images(checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …"]
+)
+def test_out_of_memory_names_the_size_of_the_images(message, checkpoints, tmp_path):
     """The message for a lack of memory names the image size, also for CLIP's processor, which has no height."""
     name = with_processor(checkpoints["blip"], tmp_path / "base", CLIPImageProcessorPil())
     task = CaptionTask(load_backbone(name, "cpu"))
-    advice = describe_error(RuntimeError("CUDA out of memory"), settings(tmp_path, tmp_path / "a.jsonl"), task)
+    advice = describe_error(RuntimeError(message), settings(tmp_path, tmp_path / "a.jsonl"), task)
     assert "images of 32×32" in str(advice)
 
 

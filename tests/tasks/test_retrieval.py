@@ -13,6 +13,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.errors import ConfigError, PreflightError
+from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.setup import apply_adapter, task_of
 from lora_blip.lora import adapter_file, attached, injection, merging
 from lora_blip.models import matching
@@ -420,6 +421,8 @@ def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints
         assert task.temperature.item() == pytest.approx(temperature, rel=1e-6)
         assert merge or task_of(backbone, saved).temperature.item() == pytest.approx(temperature, rel=1e-6)
         injection.eject(backbone.model)
+    captioner = Captioner.from_adapter(path, base=make(kind))  # its adapter has another name than "default"
+    assert captioner.runner.task.temperature.item() == pytest.approx(temperature, rel=1e-6)
 
 
 def test_no_weight_decay_pulls_at_the_temperature(checkpoints, tmp_path, monkeypatch):

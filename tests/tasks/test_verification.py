@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,15 @@ def test_the_fast_path_is_equal_and_is_checked_once(make, capsys, kind, precisio
         assert max(map(float, re.findall(r"\d+e[-+]\d+", printed))) < 1e-4
     check_training(task, batch, precision)
     assert capsys.readouterr().out == ""
+
+
+def test_another_number_of_beams_is_compared_before_a_training(make, capsys):
+    """Validation generates with these beams, and the attention of beams has its own path."""
+    task, batch = learned("blip", make)
+    for beams, compares in ((1, True), (1, False), (3, True), (3, False)):
+        task.generation = replace(task.generation, num_beams=beams)
+        check_training(task, batch)
+        assert ("equal up to rounding" in capsys.readouterr().out) is compares
 
 
 def test_the_gradients_of_magnitudes_are_compared_too(make, monkeypatch):

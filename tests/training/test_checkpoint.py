@@ -76,7 +76,8 @@ def test_a_newer_copy_of_a_run_folder_is_not_resumed(tmp_path):
     saved, _ = find(tmp_path)
     assert saved is not None and saved.run.name == "lora_a"
     shutil.rmtree(tmp_path / "lora_a")
-    assert find(tmp_path) == (None, [])
+    saved, notes = find(tmp_path)
+    assert saved is None and len(notes) == 1 and "interrupted and renamed (from lora_a)" in notes[0]
 
 
 def test_an_incomplete_run_folder_is_not_resumed(tmp_path):

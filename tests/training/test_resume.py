@@ -362,7 +362,7 @@ def test_out_of_memory_saves_and_prints_settings_that_need_less(checkpoints, tmp
     with monkeypatch.context() as patch:
         before_each_step(patch, exhaust)
         with pytest.raises(
-            TrainingError, match=r"batch_size = 4 .*32×32\. Try --batch-size 2 --accumulation 2, .*--base-dtype"
+            TrainingError, match=r"batch_size = 4 .*32×32\. Try --batch-size 2 --accumulation 2; .*--base-dtype"
         ):
             train(config)
     run = only_run(config)
@@ -529,6 +529,18 @@ def test_a_backup_of_a_run_is_not_resumed(checkpoints, tmp_path):
     shutil.copytree(run, run.with_name("backup"))
     content = {path: path.read_bytes() for path in run.with_name("backup").rglob("*") if path.is_file()}
     assert train(config).parent == run and content == {path: path.read_bytes() for path in content}
+
+
+def test_a_renamed_run_is_reported_with_the_flag_that_resumes_it(checkpoints, tmp_path, capsys):
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    run = only_run(config)
+    run.rename(run.with_name("mine"))
+    assert train(config).parent.name != "mine"
+    printed = capsys.readouterr().out
+    assert f"{run.with_name('mine')} was interrupted and renamed (from {run.name}). To resume it, add --resume" in printed
+    assert train(replace(config, resume=str(run.with_name("mine")))).parent.name == "mine"
 
 
 def test_an_exact_run_is_preferred_to_a_newer_one_that_changed(checkpoints, tmp_path):
@@ -715,8 +727,8 @@ def test_a_lock_is_refused_to_a_second_process_and_not_left_behind_by_a_crash(tm
     subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
 
 
-def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
-    """ "auto" in another terminal finds the active run, and does not change it."""
+def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path, capsys):
+    """ "auto" in another terminal finds the active run, and does not change it. It is not called interrupted."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(4):
         train(config)
@@ -729,9 +741,13 @@ def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
         with pytest.raises(LockedError):
             train(config)
         assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        train(replace(config, epochs=1))  # a run with other settings shares the folder OUTPUT_DIR
+        assert "was interrupted" not in capsys.readouterr().out
     finally:
         subprocess.run(["pkill", "-9", "-f", str(run)], check=False)
         holder.wait()
+    train(replace(config, epochs=1, seed=3))
+    assert f"{run} was interrupted" in capsys.readouterr().out
     train(config)
 
 

@@ -52,7 +52,7 @@ class PrepareConfig:
     )
     format: Literal[
         "auto", "jsonl", "json", "tsv", "csv", "xlsx", "coco", "vqa", "karpathy", "flickr8k", "flickr30k", "textcaps", "llava",
-        "labelstudio", "labelstudio_min", "kohya", "visual_genome", "gqa", "aokvqa", "folder", "parquet", "shard",
+        "via", "labelstudio", "labelstudio_min", "kohya", "visual_genome", "gqa", "aokvqa", "folder", "parquet", "shard",
     ] = setting("auto", "format of the source; auto: detect it from the content")  # fmt: skip
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")

@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def captioned(self) -> bool:
-        """True if at least one image has a text file of the same name, or a JSON file with a text."""
+        """Return True if at least one image has a text file of the same name, or a JSON file with a text."""
         if any(caption_of(image, self.texts) for image in self.images):
             return True
         files = (sidecar_of(image, self.sidecars) for image in self.images)
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def class_folders(self) -> bool:
-        """True if each image is in a subfolder."""
+        """Return True if each image is in a subfolder."""
         return bool(self.images) and all("/" in image for image in self.images)
 
 

@@ -24,7 +24,8 @@ from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, LeftOut, Located, first_key
 from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
 from lora_blip.data.images import LARGEST_FILE, is_picture
-from lora_blip.data.prepare.parquet_reader import UNWRITABLE
+from lora_blip.data.prepare.parquet_reader import ADDRESSES, UNWRITABLE
+from lora_blip.data.prepare.web_addresses import refusal
 from lora_blip.data.shards import StrictTarInfo
 from lora_blip.errors import DataError, FileError
 from lora_blip.runtime.counts import counted
@@ -112,10 +113,22 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
             if reason.startswith(UNWRITABLE):
                 number = int(reason.removeprefix(UNWRITABLE))
                 raise file_error(OSError(number, os.strerror(number)), target, "written")
+            if columns := _columns_of_addresses(reason):
+                raise refusal(path, "parquet", *columns)
             if status < 0:
                 reason = f"the process that read the file ended with {signal.Signals(-status).name}"
             advice = "" if "--image-key" in reason else "; download it again"
             raise DataError(printable(f"{path} cannot be read: {shorten(reason)}{advice}"))
+
+
+def _columns_of_addresses(reason: str) -> list[str]:
+    """Return the columns of the addresses and of the captions if the reader found web addresses in place of images, else []."""
+    if not reason.startswith(ADDRESSES):
+        return []
+    try:
+        return [str(name) for name in json.loads(reason.removeprefix(ADDRESSES))]
+    except ValueError:  # a long name was cut
+        return ["URL", "TEXT"]
 
 
 def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:

@@ -22,6 +22,9 @@ IMAGE_COLUMNS = (
 LARGEST_IMAGE = 2**28  # largest number of bytes of an image
 LONGEST = 2**20  # largest number of characters of a text
 MOST_ITEMS = 1000  # largest number of items of a list, such as the captions of an image
+URL_COLUMNS = ("url", "image_url", "img_url", "link")
+CAPTION_NAMES = ("caption", "text", "captions", "alt_text", "title")
+ADDRESSES = "ADDRESSES"  # starts the message, before the names of two columns as JSON, if the images are web addresses
 UNWRITABLE = "UNWRITABLE"  # starts the message, before an errno, if an image cannot be written
 SPARE_MEMORY = 2**32  # bytes that reading a small file may need
 SIGNATURES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp", b"II*\0": ".tif"}
@@ -36,6 +39,7 @@ def main(target: Path, path: Path, image_column: str) -> None:
     image = image_column or next((name for name in IMAGE_COLUMNS if name in schema.names), "")
     image = image or only_one([field.name for field in schema if is_binary(field.type)])
     image = image or next((field.name for field in schema if pa.types.is_struct(field.type)), "")
+    image = image or next((name for name in schema.names if name.lower() in URL_COLUMNS), "")
     if image not in schema.names:
         names = ", ".join(schema.names[:20])
         raise ValueError(f"no column has the name {image or 'image'!r}; the columns are {names}; name it: --image-key COLUMN")
@@ -44,6 +48,9 @@ def main(target: Path, path: Path, image_column: str) -> None:
     for batch in batches(columns):
         for values in batch.select([name for name in columns if name in batch.schema.names]).to_pylist():
             row += 1
+            if isinstance(values[image], str) and values[image].lower().startswith(("http://", "https://")):
+                caption = next((name for name in columns if name.lower() in CAPTION_NAMES), "caption")
+                raise ValueError(f"{ADDRESSES} {json.dumps([image, caption])}")
             print(json.dumps({"row": row} | entry_of(values, image, target), default=str))
 
 

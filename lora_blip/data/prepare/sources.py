@@ -81,17 +81,17 @@ class Source:
 
     @property
     def downloaded(self) -> bool:
-        """True if the file comes from a published data set or a program, so that the user cannot easily fix its lines."""
+        """Return True if the file comes from a published data set or a program, which the user cannot easily fix."""
         return self.format not in USER_FORMATS
 
     @property
     def may_lack_images(self) -> bool:
-        """True for a published data set. In any other source, a missing image is an error."""
+        """Return True for a published data set. In any other source, a missing image is an error."""
         return self.format in PUBLISHED or (self.format == "coco" and bool(YEAR.search(self.path.name)))
 
     @property
     def root(self) -> Path:
-        """The default folder of the images: the folder of the file, or the parent of `annotations/` and `Flickr8k_text/`."""
+        """Return the default folder of the images: that of the file, or the parent of `annotations/` and `Flickr8k_text/`."""
         if self.path.is_dir():
             return self.path
         texts = re.fullmatch(r"annotations|flicke?r8k_text", self.path.absolute().parent.name, re.IGNORECASE)

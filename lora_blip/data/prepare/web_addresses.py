@@ -29,7 +29,7 @@ def refuse_addresses(path: Path, file_format: str, lines: list[str], document: A
             entry = parsed(lines[0])
         _refuse_entry(path, entry, file_format)
     elif isinstance(document, dict) and document.keys() >= SBU:
-        raise _refusal(path, "json", "image_urls", "captions")
+        raise refusal(path, "json", "image_urls", "captions")
     elif isinstance(document, list) and document:
         _refuse_entry(path, document[0], "json")
 
@@ -48,7 +48,7 @@ def _refuse_rows(path: Path, lines: list[str], separator: str) -> None:
         line = ("\\t" if file_format == "tsv" else ",").join(header)
         header_command = f"(printf '{line}\\n'; cat {quote(str(path))}) > named.{file_format}\n"
     url = header[columns[0]] if columns[0] < len(header) else "url"
-    raise _refusal(
+    raise refusal(
         path, file_format, url, next((name for name in header if name.lower() in TEXT_KEYS), "caption"), header_command
     )
 
@@ -63,7 +63,7 @@ def _refuse_entry(path: Path, entry: Any, file_format: str) -> None:
     image = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
     key = next((key for key, value in entry.items() if isinstance(value, str) and ADDRESS.fullmatch(value)), "")
     if key and (image is None or image == entry[key]):
-        raise _refusal(path, file_format, key, next((text for text in TEXT_KEYS if text in entry), "caption"))
+        raise refusal(path, file_format, key, next((text for text in TEXT_KEYS if text in entry), "caption"))
 
 
 def _refuse_record(path: Path, record: Any) -> None:
@@ -86,7 +86,7 @@ def _is_file(cell: str) -> bool:
     return not ADDRESS.match(cell) and Path(cell).suffix.lower() in SUFFIXES
 
 
-def _refusal(path: Path, file_format: str, url: str, caption: str, header_command: str = "") -> DataError:
+def refusal(path: Path, file_format: str, url: str, caption: str, header_command: str = "") -> DataError:
     """Return the error, with commands that download and prepare the images. header_command: adds a header to the table."""
     source, images = f"named.{file_format}" if header_command else quote(str(path)), quote(f"{path.stem}_images")
     return DataError(
