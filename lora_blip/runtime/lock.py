@@ -41,13 +41,15 @@ def is_held(folder: Path) -> bool:
     if folder.resolve() in HELD:  # do not open the file: closing it would release the lock of this process
         return True
     try:
-        with (folder / NAME).open("r+b") as file:
+        with writing(folder / NAME):
+            file = (folder / NAME).open("r+b")
+        with file:
             if not _lock(file):
                 return True
             _unlock(file)
-            return False
-    except OSError:
-        return False
+    except OSError:  # there is no lock, or it cannot be written
+        pass
+    return False
 
 
 def _unlock(file: IO[bytes]) -> None:

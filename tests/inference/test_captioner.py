@@ -499,7 +499,8 @@ def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypa
         expected = Captioner.from_adapter(adapter, base=base if adapter is None else "", fast=False)(images)
         predictions = Captioner.from_adapter(adapter, base=model, processor=processor)(images)
         assert [p.text for p in predictions] == [p.text for p in expected]
-        assert [p.score for p in predictions] == pytest.approx([p.score for p in expected], rel=1e-3)
+        # transformers keeps the 16-bit weights of the file, and a processor with fp16 instructions rounds more
+        assert [p.score for p in predictions] == pytest.approx([p.score for p in expected], rel=5e-3)
     assert dict(image_processor.size) == {"height": 48, "width": 48}
     lora_blip.eject(model)
     assert [type(module) for module in model.modules()] == kinds
