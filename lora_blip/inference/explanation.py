@@ -20,6 +20,7 @@ from lora_blip.models.token_rows import token_names
 from lora_blip.reports.explanation import ImageView, TextView, WordView, write
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.runs import EXPLAIN_NAME
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_task import TextTask
 
@@ -52,9 +53,11 @@ def require_explainable(config: InferConfig, examples: Iterable[Example]) -> Non
 
 def require_few(examples: Iterable[Example]) -> None:
     """Raise ConfigError if there are more than LIMIT examples."""
-    if len(list(islice(examples, LIMIT + 1))) > LIMIT:
+    some = list(islice(examples, LIMIT + 1))
+    if len(some) > LIMIT:
+        first = quoted_for_shell(str(some[0].image))
         raise ConfigError(
-            f"EXPLAIN (--explain) is for at most {LIMIT} images or questions; name fewer images, such as photo.jpg"
+            f"EXPLAIN (--explain) is for at most {LIMIT} images or questions; name fewer, such as --images {first}"
         )
 
 

@@ -1,6 +1,7 @@
 """Share one model between several captioners: one lock for its computations, and the adapters that they load."""
 
 import json
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from torch import nn
 
 from lora_blip.config import InferConfig
-from lora_blip.errors import InputError
+from lora_blip.errors import InputError, ModelError
 from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.routing import use_adapters
@@ -29,10 +30,23 @@ class SharedBase:
     """The lock of one model, and the adapters that its captioners loaded. All captioners of the model share it."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # held while the model or its tokenizer is used
+        self._lock, self._process = threading.RLock(), os.getpid()
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
         # key of `names` → adapter; an entry disappears when its last captioner is deleted
         self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Return the lock that is held while the model or its tokenizer is used.
+
+        Raise ModelError in a process that was forked since: it has none of PyTorch's threads, so a prediction can wait forever.
+        """
+        if os.getpid() != self._process:
+            raise ModelError(
+                "this captioner or its base was opened before a fork, and PyTorch's threads do not survive a fork; open it in "
+                "each process, after the fork (gunicorn: without --preload; ProcessPoolExecutor: in `initializer`)"
+            )
+        return self._lock
 
     def load(self, backbone: Backbone, adapter: Adapter) -> SharedAdapter:
         """Load an adapter on the model, unless a captioner has already loaded it. Eject adapters whose captioners are deleted.

@@ -177,7 +177,8 @@ def read(path: str | Path) -> Adapter:
         if reason := reason_and_fix(error, path):
             raise AdapterError(f"{path} cannot be read: {reason}") from None
         reason = os_error_reason(error) if isinstance(error, OSError) else shorten(str(error))
-        raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); copy it again") from None
+        fix = "copy it again" if path.suffix == ".safetensors" else "give a run folder, an adapter file, or 'latest'"
+        raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); {fix}") from None
     check_values(path, tensors, sites)
     if metadata.get("sha256", "") not in ("", digest(tensors)):
         raise AdapterError(f"{path} is damaged: its weights have changed since it was saved; copy it again")

@@ -23,7 +23,8 @@ def pick_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f'device {device!r} cannot be used here ({_reason(device, error)}); set DEVICE = "auto" (--device auto)'
+            f"device {device!r} cannot be used here ({_reason(device, error)}); "
+            'set DEVICE = "auto" (--device auto, or device="auto")'
         ) from None
     return chosen
 

@@ -21,6 +21,8 @@ from lora_blip.models.generation import without_effect
 from lora_blip.models.loading import Backbone
 from lora_blip.models.text_check import TextChecker
 from lora_blip.runtime.settings import Options
+from lora_blip.runtime.untrusted import printable
+from lora_blip.tasks.accents import lost_accents
 
 Rows = TypeVar("Rows", default=Any)  # the tokenized texts of a batch
 
@@ -142,9 +144,13 @@ class BaseTask(ABC):
         self.checker.pretokenize([self.texts_to_check(example) for example in examples])
 
     def unknown_report(self, examples: list[Example]) -> str:
-        """Return the share of unknown tokens in the prompt and in lines given to `pretokenize`, with examples, or ""."""
+        """Return the share of unknown tokens in the prompt and in lines given to `pretokenize`, with examples, or "".
+
+        Add a line if the tokenizer removes accents.
+        """
         lines = ((example.line, self.all_texts(example)) for example in examples)
-        return "\n".join(filter(None, [self.prompt_warning, self.checker.unknown.report(lines)]))
+        accents = lost_accents(self.backbone.tokenizer, (example.words for example in examples))
+        return "\n".join(filter(None, [self.prompt_warning, printable(accents), self.checker.unknown.report(lines)]))
 
 
 class TrainingTask(BaseTask, Generic[Rows]):

@@ -137,7 +137,11 @@ class CutCount:
         most = task.generation.max_new_tokens
         longer = min(2 * most, most_new_tokens(task))
         if examples and longest_text(task, examples) <= most:
-            cause = "the base does not end its texts" if what == OF_BASE else "train longer: raise EPOCHS (--epochs)"
+            cause = (
+                "the base does not end its texts"
+                if what == OF_BASE
+                else "if this is still so at the end, train longer: raise EPOCHS (--epochs)"
+            )
             fix = f"All reference texts fit this limit, so a larger one does not help: {cause}"
         elif longer > most:
             fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"

@@ -5,10 +5,13 @@ import copy
 import io
 import itertools
 import json
+import os
+import shutil
 import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from PIL import Image, ImageSequence
 
 import lora_blip
 from lora_blip.data.image_folders import example_of
-from lora_blip.errors import ImageError, InputError, LoRAError
+from lora_blip.errors import ImageError, InputError, LoRAError, ModelError
 from lora_blip.inference import image_inputs
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.image_inputs import open_input
@@ -609,6 +612,38 @@ def test_after_a_fault_of_the_device_a_captioner_without_merge_still_has_its_hoo
     assert captioner.runner.reload_on_cpu is not None
     captioner.runner.task = captioner.runner.reload_on_cpu()
     assert attached.names(captioner.backbone.model) and captioner("image_test/000.png").text == expected
+
+
+def test_the_error_for_a_moved_base_names_the_adapter_and_the_argument(tmp_path):
+    shutil.copytree("assets/tiny-blip", tmp_path / "base")
+    path = save_adapter(tmp_path / "run" / "adapter.safetensors", base=str(tmp_path / "base"))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=rf"does not exist(.|\n)*The adapter {path} was trained on .*base'; .*base=PATH"):
+        Captioner.from_adapter(path)
+    assert Captioner.from_adapter(path, base=str(tmp_path / "moved"))("image_test/000.png").text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_captioner_from_before_a_fork_raises_an_error_instead_of_waiting(workplace, monkeypatch):
+    """With several threads of PyTorch, a forked process waits forever. Each kind of call raises the error."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    captioner = Captioner.from_adapter("adapter1", base=base, max_new_tokens=4)
+    calls = (
+        lambda: captioner("image_test/000.png"),
+        lambda: list(captioner.stream(["image_test/000.png"])),
+        lambda: captioner.rank("image_test/000.png", ["a", "b"]),
+        lambda: Captioner.from_adapter("adapter2", base=base),
+    )
+    for call in calls:
+        if not (child := os.fork()):
+            with suppress(BaseException):
+                with pytest.raises(ModelError, match=r"opened before a fork.*gunicorn: without --preload"):
+                    call()
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert captioner("image_test/000.png").text
 
 
 def test_nothing_is_printed_on_stdout(workplace, monkeypatch, capsys):
