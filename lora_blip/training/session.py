@@ -140,10 +140,12 @@ class Session:
         """Raise TrainingError if `max_skipped` steps in a row were skipped because a loss or gradient was not finite."""
         skipped = self.learner.progress.skipped
         if skipped >= self.config.max_skipped:
+            wider = {"fp16": ["bf16", "fp32"], "bf16": ["fp32"]}.get(self.config.precision, [])
+            fixes = ["lower LR", *(f'set PRECISION = "{name}" (--precision {name})' for name in wider)]
+            fixes += ["set COMPILE = False (--no-compile)"] * self.config.compile
             raise TrainingError(
                 f"{counted(skipped, 'step')} in a row: skipped because a loss or gradient was not finite. "
-                f"The last reason: {self.run.last_skip}. "
-                'Lower LR, or set PRECISION = "bf16" or "fp32"'
+                f"The last reason: {self.run.last_skip}. To fix it, {', or '.join(fixes)}"
             )
 
     # ---------------------------------------------------------------- between two steps

@@ -12,6 +12,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from lora_blip.training.learner import Learner
 from lora_blip.training.loop import learning_rate, train
 from lora_blip.training.loss_scale import LossScaler
 from lora_blip.training.run_folder import Run
+from lora_blip.training.session import Session
 from tests.support import tiny
 from tests.support.models import WHOLE, batch_of, inject
 from tests.support.runs import before_each_step, metrics_of, one_step, score, settings
@@ -139,6 +142,22 @@ def test_bf16_trains(checkpoints, tmp_path):
     )
     scores = [entry["val_loss"] for entry in entries if "val_loss" in entry]
     assert scores[-1] < 0.9 * scores[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"precision": "fp32"}, r"lower LR$"),
+        ({"precision": "bf16"}, r'lower LR, or set PRECISION = "fp32" \(--precision fp32\)$'),
+        ({"precision": "fp16"}, r"lower LR, or .*--precision bf16\), or .*--precision fp32\)$"),
+        ({"precision": "fp32", "compile": True}, r"lower LR, or set COMPILE = False \(--no-compile\)$"),
+    ],
+)
+def test_the_fix_for_skipped_steps_changes_a_setting_of_this_run(changes, fix):
+    self: Any = SimpleNamespace(learner=Mock(), config=TrainConfig(max_skipped=2, **changes), run=Mock(last_skip="x"))
+    self.learner.progress.skipped = 2
+    with pytest.raises(TrainingError, match=rf"2 steps in a row: .* To fix it, {fix}"):
+        Session.stop_after_skipped_steps(self)
 
 
 def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_path, monkeypatch):
