@@ -4,6 +4,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+from lora_blip.runtime.counts import counted
+
 
 def lost_accents(tokenizer: Any, texts: Iterable[str]) -> str:
     """Return a line with the number of texts that lose accents, and an example. Return "" if none does."""
@@ -16,9 +18,10 @@ def lost_accents(tokenizer: Any, texts: Iterable[str]) -> str:
             first, lost = first or word, lost + 1
     if not lost:
         return ""
+    example = f"{first} → {without_accents(first)}"
     return (
-        f"note: the tokenizer of this base removes accents, in {lost} of {count} texts: {first} → {without_accents(first)}. "
-        "Generated texts have no accents, and BLEU and CIDEr count such words as different. A BLIP-2 keeps accents"
+        f"note: the tokenizer of this base removes accents, in {lost} of {counted(count, 'text')}: {example}. Generated texts "
+        "have no accents, and BLEU and CIDEr count such words as different. A BLIP-2 keeps accents"
     )
 
 

@@ -31,4 +31,4 @@ def test_a_task_reports_lost_accents_with_the_unknown_tokens(text):
     task = CaptionTask(load_backbone("assets/tiny-blip", "cpu"))
     examples = [Example(Path("a.png"), text, "a.png", 1)]
     task.pretokenize(examples)
-    assert ("removes accents, in 1 of 1 texts" in task.unknown_report(examples)) is (text != "a cube")
+    assert ("removes accents, in 1 of 1 text:" in task.unknown_report(examples)) is (text != "a cube")
