@@ -166,7 +166,7 @@ for key, marker in zip(DTYPES, "osD", strict=True):
     panels[1].plot(range(1, CYCLES + 1), [100 * share for share in changed[key]], marker=marker, markersize=4, label=key)
 panels[0].set(xlabel="size of the update (1 = trained)", ylabel="elements of W without a change (%)")
 panels[0].set_title("16 bits: a small update is often rounded away")
-panels[1].plot([1, CYCLES], [0, 0], "k--", label="restore (a copy of W₀)")
+panels[1].plot([1, CYCLES], [0, 0], "k--", label="restore")
 panels[1].set(xlabel="cycles of merging and subtracting", ylabel="elements different from W₀ (%)", xticks=[1, 5, 10, 15, 20])
 panels[1].set_title("Subtracting does not restore W₀")
 panels[0].legend()
