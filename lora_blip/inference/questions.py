@@ -190,9 +190,6 @@ def read_references(
     for example in examples:
         if image_path := image_at.get(resolved[example.image]):
             references.setdefault(image_path, []).append(replace(example, image=image_path))
-    unused = sum(resolved[example.image] not in image_at for example in examples)
-    if unused and references:
-        print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
     if not references:
         first = examples[0].image.resolve()
         raise DataError(
@@ -200,6 +197,8 @@ def read_references(
             f"{first}; to use the images of the file: --images {quoted_for_shell(relative_if_below(first.parent))}; "
             "or set IMAGE_ROOT (--image-root) so that the paths agree"
         )
+    if unused := len(examples) - sum(map(len, references.values())):
+        print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
     return references
 
 

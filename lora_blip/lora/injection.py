@@ -87,20 +87,19 @@ def put(model: nn.Module, sites: Iterable[Site], dropout: float, name: str, valu
         for site in sites:
             attach(modules[site.module], site, dropout, name, values)
     except BaseException:  # such as too little memory, or Ctrl-C
-        for site in sites:
-            remove(modules[site.module], name)
+        for linear in adapted_linears(model).values():
+            remove(linear, {key for key in linear.lora if name_of(key) == name})
         raise
     share_routing(model)
     add_fused_hooks(model)
     guard(model)
 
 
-def remove(linear: Any, name: str) -> None:
-    """Remove an adapter that is not merged from a linear, if it is there."""
-    stack = linear._modules.get("lora", {})
-    for key in [key for key in stack if name_of(key) == name]:
-        del stack[key]
-    if "lora" in linear._modules and not stack:
+def remove(linear: Any, keys: Iterable[str]) -> None:
+    """Remove adapters that are not merged from a linear, and our hooks if none is left."""
+    for key in keys:
+        del linear.lora[key]
+    if not linear.lora:
         detach(linear)
 
 
@@ -152,10 +151,7 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
         for path, linear in hooked.items():
             if linear.lora.merged & leaving[path]:
                 write_back(linear)
-            for key in leaving[path]:
-                del linear.lora[key]
-            if not linear.lora:
-                detach(linear)
+            remove(linear, leaving[path])
         routing.dormant &= frozenset(attached_names(model))
     clear_if_bare(model)
 
