@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.conversion import command as conversion
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
-from lora_blip.flags import nearest, parse
+from lora_blip.flags import parse
 from lora_blip.inference import commands
 from lora_blip.inference import early_checks as inference_checks
 from lora_blip.inference import export as exporting
@@ -21,6 +21,7 @@ from lora_blip.lora import tune_command
 from lora_blip.lora.tune_command import NoSettings
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
+from lora_blip.runtime.similar_names import nearest
 from lora_blip.runtime.system_errors import file_error, is_system_error, quoted_for_shell
 from lora_blip.runtime.terminal import TerminalStream, terminal_streams
 from lora_blip.runtime.untrusted import printable_lines
@@ -293,7 +294,6 @@ def refuse_command(name: str) -> NoReturn:
         raise ConfigError(f"{name!r} is a file, not a command; did you mean lora-blip caption {quoted_for_shell(name)}?")
     if name in ("explain", "compare"):
         raise ConfigError(f"{name!r} is not a command, but a flag: lora-blip infer --images photos --{name}")
-    raise ConfigError(
-        f"{name!r} is not a command; did you mean {nearest(name, list(COMMANDS))}? "
-        f"Commands are {', '.join(COMMANDS)}; each has --help"
-    )
+    near = nearest(name, list(COMMANDS))
+    fix = f"; did you mean {near}?" if near else "."
+    raise ConfigError(f"{name!r} is not a command{fix} Commands are {', '.join(COMMANDS)}; each has --help")

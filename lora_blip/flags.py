@@ -1,9 +1,9 @@
 """Read settings from the upper-case names of a script and from command-line flags."""
 
 import argparse
-import difflib
 import json
 import re
+import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.settings import settings_of
-from lora_blip.runtime.system_errors import quoted_for_shell
+from lora_blip.runtime.similar_names import OTHER_NAMES, nearest
+from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import parsed, pasteable
 
 Settings = TypeVar("Settings")
@@ -20,16 +21,6 @@ ESCAPES = re.compile(r"[\a\b\t\n\v\f\r]")  # characters that an unescaped backsl
 LETTERS = str.maketrans({"\a": "/a", "\b": "/b", "\t": "/t", "\n": "/n", "\v": "/v", "\f": "/f", "\r": "/r", "\\": "/"})
 NAMED = re.compile(r"argument --([a-z-]+)|^(\w+) = |did you mean --([a-z-]+)")  # the flag or setting in a message
 CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # the name of a setting in a help text
-
-OTHER_NAMES = {  # name in other libraries → our setting
-    "loraplus_lr_ratio": "lr_ratio", "use_dora": "variant", "use_rslora": "variant",
-    "rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
-    "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
-    "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
-    "grad_accum": "accumulation", "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "checkpointing",
-    "target_modules": "targets", "model_name": "model", "base_model": "model", "max_length": "max_new_tokens",
-    "beams": "num_beams", "dtype": "precision", "workers": "num_workers", "output": "output_dir",
-}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +42,8 @@ def parse(
 
     A relative path in a script that has a `__file__` is relative to the script's folder. A path in a flag is relative to the
     current folder. Raise ConfigError for a name or a flag that is not a setting, and for a wrong value. The message ends with
-    a command that works: `example`, followed by the flag in question with its default value.
+    a command that works: for a wrong flag, the user's command with the right one; for a wrong value, `example` with the
+    default value. A wrong value in a script is followed by the line to write there.
     """
     known = settings_of(kind)
     names = [entry.name for entry in known]
@@ -60,15 +52,19 @@ def parse(
     try:
         from_flags, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
         if unknown:
-            _refuse_flag(unknown[0], known)
+            given = sys.argv[1:] if arguments is None else arguments
+            _refuse_flags(unknown, given, known, program or example, example)
     except ConfigError as error:
-        raise ConfigError(f"{error}{_example(str(error), known, example)}") from None
+        end = "" if "for example: " in str(error) else _example(str(error), known, example)
+        raise ConfigError(f"{error}{end}") from None
     try:
         return kind(**_resolve_paths(script, kind, values) | vars(from_flags))
     except ConfigError as error:
-        end = _example(str(error), known, example) if ": expected " in str(error) else ""
-        if end and script.get("__file__"):
-            end = _line_of_script(str(error), known, Path(script["__file__"]).name) + end
+        end = ""
+        if ": expected " in str(error):
+            in_script = script.get("__file__") and _named(str(error)) not in vars(from_flags)
+            line = _line_of_script(str(error), known, Path(script["__file__"]).name) if in_script else ""
+            end = line or _example(str(error), known, example)
         raise type(error)(f"{error}{end}") from None
 
 
@@ -231,43 +227,64 @@ def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
         if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
             continue
         plain = name.lower()
-        intended = known[folded.index(plain.replace("_", ""))] if plain.replace("_", "") in folded else OTHER_NAMES.get(plain)
+        intended = (
+            known[folded.index(plain.replace("_", ""))]
+            if plain.replace("_", "") in folded
+            else OTHER_NAMES.get(plain, "").partition("=")[0]
+        )
         if name.isupper() and name.lower() not in known:
-            raise ConfigError(
-                f"{name} is not a setting; did you mean {nearest(name.lower(), known).upper()}? "
-                f"To add a variable, start its name with _: _{name}"
-            )
+            near = nearest(name.lower(), known).partition("=")[0].upper()
+            fix = f"; did you mean {near}? To add" if near else ". To add"
+            raise ConfigError(f"{name} is not a setting{fix} a variable, start its name with _: _{name}")
         if not name.isupper() and intended in known:
             raise ConfigError(
                 f"{name} is not a setting; write {intended.upper()}. To add a variable, start its name with _: _{name}"
             )
 
 
-def _refuse_flag(flag: str, known: list[Field[Any]]) -> NoReturn:
-    """Raise ConfigError. The message suggests the most similar flag, or for an existing path, the flag to write before it."""
-    name = flag.partition("=")[0]
+def _refuse_flags(unknown: list[str], given: list[str], known: list[Field[Any]], start: str, example: str) -> NoReturn:
+    """Raise ConfigError for words that are not flags. The message suggests the right flag and the whole command with it.
+
+    unknown: the words that argparse does not know, flags and values. given: all words of the user, after `start`.
+    """
     arguments = [entry for entry in known if "metavar" in entry.metadata]
-    flags = [entry.name for entry in known if entry not in arguments]
-    if not name.startswith("-"):
+    wrong = next((word for word in unknown if word.startswith("-")), "")
+    if not wrong:
+        flag = unknown[0]
         path = next((entry.name for entry in known if entry.metadata.get("path") == "always"), "")
         fix = "write a value after its flag (--batch-size 8), and quotes around a text with spaces"
         if path and not arguments and _exists(Path(flag)):
             fix = f"did you mean {_flag(path)} {quoted_for_shell(flag)}?"
         raise ConfigError(f"{flag!r} is not a flag, and does not follow a flag; {fix}")
-    word = name.lstrip("-").replace("-", "_").lower()
+    name = wrong.partition("=")[0]
     for entry in arguments:
-        if word in (entry.name, entry.name.removesuffix("s")):
+        if _plain(name) in (entry.name, entry.name.removesuffix("s")):
             raise ConfigError(f"{name} is not a flag; write {entry.metadata['metavar']} without a flag")
-    near = nearest(word, [*flags, "help"])
-    raise ConfigError(f"{name} is not a flag; did you mean {_flag(near)}? --help lists all flags")
+    names = [*(entry.name for entry in known if entry not in arguments), "help"]
+    near = nearest(_plain(name), names).partition("=")[0]
+    corrected = command_line([*start.split(), *_corrected(given, unknown, names)]) if near else example
+    fix = f"; did you mean {_flag(near)}?" if near else " of this command."
+    raise ConfigError(f"{name} is not a flag{fix} --help lists all flags; for example: {corrected}")
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """Return the name in `known` that a wrong name most likely means."""
-    if OTHER_NAMES.get(name) in known:
-        return OTHER_NAMES[name]
-    longer = [full for full in known if len(name) > 2 and full.startswith(name)]  # `name` is an abbreviation
-    return longer[0] if longer else difflib.get_close_matches(name, known, 1, 0.0)[0]
+def _corrected(given: list[str], unknown: list[str], names: list[str]) -> list[str]:
+    """Return the words of a command, with the right flag for each unknown one. Remove an unknown flag without a similar one."""
+    words, result = list(given), list[str]()
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if word not in unknown or not word.startswith("-"):
+            result.append(word)
+            continue
+        near, has_value, template = nearest(_plain(flag), names).partition("=")
+        if not equals and ("{}" in template or not near) and words and not words[0].startswith("-"):
+            value = words.pop(0)
+        result += [_flag(near), *filter(None, [template.format(value) if has_value else value])] if near else []
+    return result
+
+
+def _plain(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_").lower()
 
 
 def _bool(text: str) -> bool:

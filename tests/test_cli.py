@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lora_blip import cli
 from lora_blip.cli import COMMANDS, main
@@ -121,8 +122,20 @@ def test_a_flag_that_is_given_as_a_command_is_named(monkeypatch, capsys):
         ("train --r", "expected one argument; for example: lora-blip train --r 8"),
         ("train --r 0", "expected above 0; for example: lora-blip train --r 8"),
         ("train --augment maybe", "neither true nor false; for example: lora-blip train --augment true"),
-        ("infer --batch 4", "did you mean --batch-size? --help lists all flags; for example: lora-blip infer --images photos "
-         "--batch-size 16"),
+        ("infer --batch 4 --r=2", "--batch-size? --help lists all flags; for example: lora-blip infer --batch-size 4"),
+        ("train --learning-rate 1e-3 --epoch 3", "did you mean --lr? --help lists all flags; for example: lora-blip train "
+         "--lr 1e-3 --epochs 3"),
+        ("train --images=a", "for example: lora-blip train --image-root a"),
+        ("train --fp16 --use-dora --no-augment", "lora-blip train --precision fp16 --variant dora --no-augment"),
+        ("prepare --source a.csv --image-root b", "for example: lora-blip prepare --source a.csv --images b"),
+        ("evaluate --annotations a.jsonl", "for example: lora-blip evaluate --references a.jsonl"),
+        ("infer --temperature 0.7 --images a", "lora-blip infer --generation temperature=0.7 --images a"),
+        ("evaluate --references a --skip", "lora-blip evaluate --references a --on-bad-data skip"),
+        ("infer --on-bad-data skip", "is not a flag of this command. --help lists all flags; for example: lora-blip infer "
+         "--images photos"),
+        ("rank --explain a.jpg b c", 'is not a flag of this command. --help lists all flags; for example: lora-blip rank '
+         'photo.jpg "a red cube" "a blue cube"'),
+        ("train --epochs -1", "epochs = -1: expected above 0; for example: lora-blip train --epochs 30"),
         ("evaluate --references", "for example: lora-blip evaluate --references test.jsonl"),
         ("evaluate", "the right texts: --references test.jsonl"),
         ("prepare captions.csv", "for example: lora-blip prepare --source captions.csv"),
@@ -134,6 +147,33 @@ def test_a_flag_that_is_given_as_a_command_is_named(monkeypatch, capsys):
 )  # fmt: skip
 def test_a_wrong_flag_ends_with_a_command_to_paste(monkeypatch, capsys, arguments, end):
     assert refused(monkeypatch, capsys, *arguments.split(" ")).endswith(f"{end}\n")
+
+
+def test_a_missing_source_or_folder_of_prepare_names_the_similar_one(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("captions.csv").write_text("image,text\n1.png,a\n")
+    Path("photos").mkdir()
+    source = refused(monkeypatch, capsys, "prepare", "--source", "caption.csv")
+    assert "source 'caption.csv' does not exist; did you mean 'captions.csv'? Otherwise give a file" in source
+    images = refused(monkeypatch, capsys, "prepare", "--source", "captions.csv", "--images", "photo")
+    assert "images = 'photo': the folder does not exist in" in images and "did you mean 'photos'?" in images
+
+
+def test_the_next_command_after_prepare_runs_the_train_script_of_the_current_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (2, 2)).save("1.png")
+    Path("a.csv").write_text("image,text\n1.png,a\n")
+    scripts = {
+        "": "lora-blip train",
+        "import torch": "lora-blip train",
+        "from lora_blip.cli import run_train": "python train.py",
+    }
+    for number, (script, start) in enumerate(scripts.items()):
+        Path("train.py").write_text(script)
+        words = ["prepare", "--source", "a.csv", "--splits", "1", "--output-dir", f"out{number}"]
+        monkeypatch.setattr(sys, "argv", ["lora-blip", *words])
+        cli.run_command(words[0], words[1:])
+        assert capsys.readouterr().out.endswith(f"next: {start} --annotations out{number}/train.jsonl\n")
 
 
 def test_a_path_without_its_flag_is_explained(monkeypatch, capsys, tmp_path):
@@ -148,17 +188,24 @@ def test_a_path_without_its_flag_is_explained(monkeypatch, capsys, tmp_path):
     [
         (
             {"PRECISION": "float16"},
-            'in train.py, for example: PRECISION = "auto"; for example: python train.py --precision auto',
+            'in train.py, for example: PRECISION = "auto"',
         ),
-        ({"EPOCHS": "60"}, "in train.py, for example: EPOCHS = 30; for example: python train.py --epochs 30"),
-        ({"AUGMENT": "yes"}, "in train.py, for example: AUGMENT = True; for example: python train.py --augment true"),
+        ({"EPOCHS": "60"}, "expected int; in train.py, for example: EPOCHS = 30"),
+        ({"AUGMENT": "yes"}, "in train.py, for example: AUGMENT = True"),
     ],
 )
 def test_a_wrong_value_in_a_script_shows_the_line_to_write(monkeypatch, capsys, values, fix):
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py"])
     with pytest.raises(SystemExit):
         cli.run_train({"__file__": "somewhere/train.py", **values}, "")
-    assert capsys.readouterr().err.endswith(f"; {fix}\n")
+    assert capsys.readouterr().err.endswith(f"{fix}\n")
+
+
+def test_a_wrong_flag_does_not_show_the_line_of_the_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--epochs", "-1"])
+    with pytest.raises(SystemExit):
+        cli.run_train({"__file__": "somewhere/train.py", "EPOCHS": 3}, "")
+    assert capsys.readouterr().err == "error: epochs = -1: expected above 0; for example: python train.py --epochs 30\n"
 
 
 @pytest.mark.parametrize(

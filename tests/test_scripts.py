@@ -325,7 +325,7 @@ def test_commands_refuse_unknown_flags(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lora_blip", command, "--seeed", "3"])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --seeed is not a flag; did you mean --")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --seeed is not a flag")
 
 
 @pytest.mark.parametrize(

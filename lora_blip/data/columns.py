@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_NAME, Entry
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import quoted, shorten
@@ -16,6 +16,7 @@ UNKNOWN = re.compile(
     r"""name the (?:columns|right one):(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+))+)|no column has the name|it has no '"""
 )
 FEW_COLUMNS = 12  # largest number of columns that a message lists
+COMMON = {"image": IMAGE_KEYS, "text": TEXT_KEYS, "question": ("question",), "answers": ANSWER_KEYS}
 ALIKE = 0.6  # difflib's ratio of two names that are suggested for each other
 
 
@@ -29,14 +30,16 @@ def described(header: Sequence[str], below: Sequence[Sequence[str]]) -> str:
 
 
 def meant(ours: str, name: str, header: Sequence[str]) -> str:
-    """Return the end of a message with the flag of the column that a wrong name means, or "" if none is similar.
+    """Return the end of a message with the flag of the column that a wrong name means, or "" if there is none.
 
-    A column is similar if one name contains the other, or if difflib finds it. ours: "image", "text", "question" or "answers".
+    It is a similar column, or else one with a common name. A column is similar if one name contains the other, or if difflib
+    finds it. ours: "image", "text", "question" or "answers".
     """
     plain = {cell.strip().casefold(): cell.strip() for cell in header if cell.strip()}
     wanted = name.strip().casefold()
     inside = [cell for cell in plain if wanted and (wanted in cell or (len(cell) > 2 and cell in wanted))]
-    near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE)), "")
+    common = [cell for cell in COMMON[ours] if cell in plain]
+    near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE) or common), "")
     return f"\ndid you mean {_flag(ours, plain[near])}?" if near else ""
 
 

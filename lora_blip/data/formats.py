@@ -22,6 +22,7 @@ ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]") 
 # five times as fast as STRICT, but does not detect repeated keys
 QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)
 
+CP1252 = "Windows-1252, because it is not UTF-8; if letters such as é are wrong, save it as UTF-8"  # end of a message
 HEAD = 2**20  # bytes at the start of a file that are searched for an image inside JSON
 INLINE_IMAGE, ADDRESS = b"data:image/", b"http"
 OUR_KEYS = {"image", "text", "question", "answers", "question_id", "prompt", "group", "split"}
@@ -70,15 +71,23 @@ def table_encoding(path: Path) -> str:
     cp1252, the encoding of Excel's "CSV" in western Europe and America, is returned if more characters outside ASCII are
     invalid than valid in UTF-8.
     """
-    invalid = valid = 0
+    surplus = 0
     with open_text(path) as file:
         if file.encoding == "utf-16":
             return "utf-16"
         while part := file.read(LONGEST):
-            if not part.isascii():
-                bad = len(ESCAPED.findall(part))
-                invalid, valid = invalid + bad, valid + len(NOT_ASCII.findall(part)) - bad
-    return "cp1252" if invalid > valid else "utf-8-sig"
+            surplus += _more_invalid(part)
+    return "cp1252" if surplus > 0 else "utf-8-sig"
+
+
+def from_cp1252(text: str) -> str | None:
+    """Return a text of `open_text` decoded from cp1252, or None if `table_encoding` would not return cp1252 for it."""
+    return text.encode("utf-8", "surrogateescape").decode("cp1252", "surrogateescape") if _more_invalid(text) > 0 else None
+
+
+def _more_invalid(text: str) -> int:
+    """Return the number of invalid bytes minus the number of valid characters outside ASCII."""
+    return 0 if text.isascii() else 2 * len(ESCAPED.findall(text)) - len(NOT_ASCII.findall(text))
 
 
 def describe_encoding(path: Path, table: bool) -> tuple[str, str]:
@@ -87,7 +96,7 @@ def describe_encoding(path: Path, table: bool) -> tuple[str, str]:
         encoding = table_encoding(path) if table else file.encoding
     message = {
         "utf-16": f"{path} is read as UTF-16",
-        "cp1252": f"{path} is read as Windows-1252, because it is not UTF-8; if letters such as é are wrong, save it as UTF-8",
+        "cp1252": f"{path} is read as {CP1252}",
     }.get(encoding, "")
     return encoding, message
 

@@ -12,7 +12,7 @@ from lora_blip.data.images import SUFFIXES
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import missing_file
 from lora_blip.runtime.untrusted import quoted
-from lora_blip.runtime.user_paths import local_path, similar_without_suffix
+from lora_blip.runtime.user_paths import TEXT_FILES, local_path, similar_without_suffix
 
 MOST_FILES = 2_000_000  # largest number of files of an image root that are listed
 SUGGESTED = 20  # missing images whose messages suggest an existing name
@@ -187,7 +187,8 @@ class ImageFinder:
         if name in index:
             others = _listed("/".join((*candidate, name)) for candidate in index[name])
             return f"{message}; another folder has a file of this name: {others}"
-        same = [file for file, places in index.items() if folders in places] or list(index)
+        images = [file for file in index if Path(file).suffix.lower() not in TEXT_FILES]
+        same = [file for file in images if folders in index[file]] or images
         near = _nearest(name, same[:COMPARED])
         if not near:
             return message

@@ -20,6 +20,7 @@ ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
+DELIMITER_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # the first line of some CSV files, for Excel
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
 
 Row = tuple[int, list[str] | str]  # the number of the row's first line, and its cells or the reason why it is invalid
@@ -30,7 +31,8 @@ def csv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     encoding = table_encoding(path)
     delimiter = table_delimiter(path, "csv", encoding, keys)
     with open_text(path, newline="", encoding=encoding) as file:
-        yield from entries_of_rows(path, csv_rows(bounded(file), delimiter), keys, needs_header=True)
+        lines = (line if number or not DELIMITER_LINE.fullmatch(line) else "\n" for number, line in enumerate(bounded(file)))
+        yield from entries_of_rows(path, csv_rows(lines, delimiter), keys, needs_header=True)
 
 
 def tsv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
@@ -107,6 +109,8 @@ def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
 def table_delimiter(path: Path, file_format: str, encoding: str, keys: Keys = NO_KEYS) -> str:
     """Return the delimiter of a file in the format "csv" or "tsv"."""
     sample, is_csv = _sample(path, encoding), file_format == "csv"
+    if is_csv and sample and (named := DELIMITER_LINE.fullmatch(sample[0])):
+        return named[1]
     return delimiter_of([line for line in sample if is_csv or not line.startswith("#")], "," if is_csv else "\t", keys)
 
 

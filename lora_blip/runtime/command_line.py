@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_blip.runtime.system_errors import command_line
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.untrusted import open_regular, printable
 
 SCRIPTS = ("train.py", "infer.py")
+LONGEST_SCRIPT = 2**20  # bytes of a file that are searched
 
 
 def program() -> list[str]:
@@ -19,6 +20,15 @@ def program() -> list[str]:
     if path.parts[-2:] == ("lora_blip", "__main__.py"):
         return ["python", "-m", "lora_blip"]
     return ["lora-blip"] if path.stem == "lora-blip" else []
+
+
+def is_our_script(path: str) -> bool:
+    """Return True if a file is a script of this project, such as train.py. Another program may have the same name."""
+    try:
+        with open_regular(Path(path)) as file:
+            return b"lora_blip" in file.read(LONGEST_SCRIPT)
+    except OSError:
+        return False
 
 
 def lora_blip_program() -> list[str]:

@@ -304,7 +304,7 @@ def test_flickr8k_with_its_oddities_is_read_and_split_by_its_lists(run, tmp_path
         "7 entries (flickr8k)" in printed
         and re.search(r"train +3 captions of 2 images", printed)
         and "left out  2 lines" in printed
-        and printed.endswith(f"train --annotations {tmp_path}/out/train.jsonl --val-annotations {tmp_path}/out/val.jsonl\n")
+        and printed.endswith(f" --annotations {tmp_path}/out/train.jsonl --val-annotations {tmp_path}/out/val.jsonl\n")
     )
 
 

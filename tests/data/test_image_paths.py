@@ -110,6 +110,7 @@ def test_training_and_prepare_report_how_many_paths_they_resolved(root, tmp_path
         ("blue_1.jpg", "blue_0001.jpg"),  # difflib alone finds blue_0160.jpg
         ("blue_00160.jpg", "blue_0160.jpg"),
         ("blue_0159.jpg", "blue_0160.jpg"),
+        ("captions.jpg", ""),  # captions.jpg.txt is not an image
         ("mask.jpg", ""),  # only the suffix is similar
         ("orbit.png", ""),  # and only the kind of the suffix
     ],
@@ -117,6 +118,7 @@ def test_training_and_prepare_report_how_many_paths_they_resolved(root, tmp_path
 def test_the_nearest_name_has_the_same_number_and_is_similar_without_its_suffix(tmp_path, written, near):
     for name in ("blue_0001.jpg", "blue_0160.jpg", "line.jpg", "singing.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "captions.jpg.txt").touch()
     (tmp_path / "x.jsonl").write_text(f'{{"image": "line.jpg", "text": "a"}}\n{{"image": "{written}", "text": "b"}}\n')
     with pytest.raises(DataError, match="does not exist") as error:
         annotations.read(tmp_path / "x.jsonl")

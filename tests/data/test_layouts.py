@@ -57,6 +57,20 @@ def read_directly(source: Path) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- folders
 
 
+def test_a_caption_file_in_windows_1252_is_read_and_reported(run, tmp_path, capsys):
+    """A file with one damaged byte among letters of UTF-8 is an error."""
+    folder = photos(tmp_path / "set", "1.png", "2.png")
+    (folder / "1.txt").write_bytes("un café à Paris – 5 €".encode("cp1252"))
+    write(folder / "2.txt", "drei Hühner")
+    expected = [("1.png", "un café à Paris – 5 €"), ("2.png", "drei Hühner")]
+    for read_all in (lambda: pairs(run(folder)), lambda: read_directly(folder)):
+        assert sorted(read_all()) == expected
+        assert capsys.readouterr().out.count("1 text file, such as '1.txt': read as Windows-1252") == 1
+    (folder / "1.txt").write_bytes("é à ü".encode() + b"\xe9")
+    with pytest.raises(DataError, match=r"1\.txt: it is not UTF-8"):
+        read_directly(folder)
+
+
 def test_each_image_has_the_caption_of_the_text_file_next_to_it(run, tmp_path):
     """kohya's layout: .txt or .caption, nested, with spaces in the names. Training reads it directly."""
     photos(tmp_path / "set", "10_sks dog/img 1.png", "10_sks dog/img 2.jpg", "b/c/3.webp", "b/4.png")

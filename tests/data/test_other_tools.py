@@ -177,6 +177,8 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
     [
         (Keys(text="lomg"), {"image": "1.png", "caption": "a", "long": "b"}, 'did you mean --text-key "long"?'),
         (Keys(text="words"), {"image": "1.png", "caption": "a"}, "it has no 'words'; its keys are 'image', 'caption'"),
+        (Keys(text="words"), {"image": "1.png", "caption": "a"}, 'did you mean --text-key "caption"?'),
+        (Keys(image="Foto"), {"file_name": "1.png", "text": "a"}, 'did you mean --image-key "file_name"?'),
         (Keys(image="pic"), {"image": "1.png", "picture": "2.png", "text": "a"}, 'did you mean --image-key "picture"?'),
         (Keys(question="ask"), {"image": "1.png", "question": "q?", "answer": "a"}, "it has no 'ask'; its keys are"),
         (Keys(answer="labl"), {"image": "1.png", "question": "q?", "answer": "a", "label": "b"}, '--answer-key "label"?'),
@@ -198,7 +200,7 @@ def test_a_named_key_of_a_format_with_fixed_keys_is_reported(folder, capsys, kin
     (coco_file if kind == "coco" else text_file).write_text(json.dumps(coco) if kind == "coco" else "a")
     source = coco_file if kind == "coco" else folder / "images"
     assert [one[3] for one in read(source, on_bad_data="skip", keys=Keys(text="words", answer="b"))] == ["a"]
-    assert f"--text-key, --answer-key has no effect: the keys of {kind} are fixed" in capsys.readouterr().out
+    assert f"--text-key, --answer-key have no effect: the keys of {kind} are fixed" in capsys.readouterr().out
     read(source, on_bad_data="skip")
     assert "no effect" not in capsys.readouterr().out
 

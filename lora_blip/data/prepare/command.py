@@ -20,7 +20,7 @@ from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.runtime.command_line import program
+from lora_blip.runtime.command_line import is_our_script, program
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
@@ -28,6 +28,7 @@ from lora_blip.runtime.settings import check, require, setting
 from lora_blip.runtime.system_errors import command_line, long_path_advice
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.user_paths import require_folder
 
 DROPPED, IMAGES = "dropped.jsonl", "images"  # IMAGES: the folder of images from Parquet files and shards
 encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -72,8 +73,7 @@ class PrepareConfig:
         split_fractions(self.splits)
         if not self.source.strip():
             raise ConfigError("source is empty; give a file or the folder of a data set: --source captions.tsv")
-        if self.images and not Path(self.images).is_dir():
-            raise ConfigError(f"images = {self.images!r}: expected the folder of the images")
+        require_folder("images", self.images)
 
 
 class Row(NamedTuple):
@@ -281,7 +281,9 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
     flags = {"train": "--annotations", "val": "--val-annotations"}
     words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
     if rows["train"]:
-        print(printable(f"next: {command_line([*(program() or ['lora-blip']), 'train', *words])}"))
+        start = ["python", "train.py"] if is_our_script("train.py") else [*(program() or ["lora-blip"]), "train"]
+        print("the images were found, but not decoded; training decodes all of them before its first step")
+        print(printable(f"next: {command_line([*start, *words])}"))
 
 
 def _split_of(row: Row) -> str | None:

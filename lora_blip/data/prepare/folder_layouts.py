@@ -9,14 +9,14 @@ from itertools import islice
 from pathlib import Path
 
 from lora_blip.data.entries import SPLITS, LeftOut, Located
-from lora_blip.data.formats import LONGEST, TOO_LONG, open_text
+from lora_blip.data.formats import CP1252, LONGEST, TOO_LONG, from_cp1252, open_text
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
 from lora_blip.data.prepare.sidecars import TRIED, entry_of_sidecar, image_of, sidecar_of
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
-from lora_blip.runtime.untrusted import os_error_reason, parsed, printable
+from lora_blip.runtime.untrusted import os_error_reason, parsed, printable, quoted
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2dataset
 DEEPEST_FOLDER = 20  # largest number of levels of subfolders that are searched
@@ -117,11 +117,13 @@ def caption_of(image: str, texts: set[str]) -> str:
     return next((name for name in names if name in texts), "")
 
 
-def captioned_entries(layout: Layout) -> Iterator[Located]:
+def captioned_entries(layout: Layout, notes: list[str]) -> Iterator[Located]:
     """Yield an entry for each image, or a reason if it has no text file.
 
-    Text files without an image are left out, and so are img2dataset's failed downloads.
+    Text files without an image are left out, and so are img2dataset's failed downloads. notes: gets a text about files that
+    are not UTF-8.
     """
+    other_encoding: list[str] = []
     with_image, without_image = set(), set(layout.texts)
     for image in layout.images:
         with_image.add(image.removesuffix(Path(image).suffix))
@@ -136,10 +138,15 @@ def captioned_entries(layout: Layout) -> Iterator[Located]:
         try:
             with open_text(layout.folder / name) as file:
                 text = file.read(LONGEST + 1)
+            if (decoded := from_cp1252(text)) is not None:
+                text = decoded
+                other_encoding.append(name)
         except OSError as error:
             yield name, f"this file cannot be read ({os_error_reason(error)}); it should contain the caption of {image}"
         else:
             yield name, {"image": image, "text": text} if len(text) <= LONGEST else TOO_LONG
+    files = counted(len(other_encoding), "text file")
+    notes[:] = [f"{files}, such as {quoted(other_encoding[0])}: read as {CP1252}"] if other_encoding else []
     for name in sorted(without_image):
         yield name, LeftOut("a text file without an image")
     for stem in sorted(layout.downloads):

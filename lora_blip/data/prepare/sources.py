@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from lora_blip.data.prepare.split_names import splits_of_files, with_folder_spli
 from lora_blip.data.summary import source_line
 from lora_blip.data.tables import table_delimiter
 from lora_blip.errors import DataError
+from lora_blip.runtime.user_paths import suggestion
 
 USER_FORMATS = ("jsonl", "tsv", "csv", "xlsx", "folder")  # the user wrote the file and can fix it; other files are downloaded
 PUBLISHED = ("vqa", "karpathy", "flickr8k", "flickr30k", "textcaps")  # data sets whose downloads may lack images
@@ -48,6 +49,7 @@ class Source:
     unpack: replaces `entries` for a file that contains images: it also writes them to the given folder. `entries` then raises
     DataError. None: the file contains no images.
     keys: the names of the columns, if they are not common names.
+    notes: texts for the table of what was read. `entries` may add some.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Source:
     split: str = ""
     unpack: Callable[[Path], Iterator[Located]] | None = None
     keys: Keys = NO_KEYS
+    notes: list[str] = field(default_factory=list)
 
     def describe(self, entries: int, root: Path) -> list[str]:
         """Return texts for the table of what was read: format, delimiter, folder of the images, encoding, unused flags.
@@ -67,10 +70,11 @@ class Source:
             is_table = self.format in ("csv", "tsv")
             encoding, note = formats.describe_encoding(self.path, is_table)
             delimiter = table_delimiter(self.path, self.format, encoding, self.keys) if is_table else ""
-            format_text += f", {DELIMITERS[delimiter]} between columns" if delimiter else ""
+            format_text += f", {DELIMITERS.get(delimiter, repr(delimiter))} between columns" if delimiter else ""
         flags = ", ".join(map(key_flag, self.keys.named))
-        unused = f"{flags} has no effect: the keys of {self.format} are fixed" * bool(flags and self.format not in WITH_KEYS)
-        return [source_line(self.path, entries, format_text, root), *filter(None, [note, unused])]
+        has = "has" if len(self.keys.named) == 1 else "have"
+        unused = f"{flags} {has} no effect: the keys of {self.format} are fixed" * bool(flags and self.format not in WITH_KEYS)
+        return [source_line(self.path, entries, format_text, root), *filter(None, [note, unused, *self.notes])]
 
     def split_entries(self) -> Iterator[Located]:
         """Yield the entries. An entry without a split gets the split of the file, if it has one."""
@@ -111,8 +115,8 @@ def find_sources(
     paths = [Path(source)] if _exists(Path(source)) else [Path(part.strip()) for part in source.split(",") if part.strip()]
     if missing := [path for path in paths if not _exists(path)]:
         raise DataError(
-            f"source {str(missing[0])!r} does not exist; give a file, several files separated by commas, or a folder: "
-            f"{flag} captions.csv"
+            f"source {str(missing[0])!r} does not exist; {suggestion(missing[0])}give a file, several files separated by "
+            f"commas, or a folder: {flag} captions.csv"
         )
     folders = [one for path in paths if path.is_dir() and (one := _layout_source(path, requested, template, flag))]
     layout_folders = {one.path for one in folders}
@@ -144,9 +148,8 @@ def _layout_source(folder: Path, requested: str, template: str, flag: str) -> So
         return None
     layout = layout_of(folder)
     if layout.captioned and not template:
-        return Source(
-            folder, "img2dataset" if layout.downloads and layout.texts else "folder", partial(captioned_entries, layout)
-        )
+        kind, notes = "img2dataset" if layout.downloads and layout.texts else "folder", list[str]()
+        return Source(folder, kind, partial(captioned_entries, layout, notes), notes=notes)
     has_table = (folder / META_CAP).exists() or _is_one_data_set(lone_files(folder))
     if not layout.images or (requested == "auto" and not template and has_table):
         return None
