@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_blip.data.loader import DeviceBatch
@@ -125,21 +126,31 @@ def largest_block(model: nn.Module) -> Iterator[list[int]]:
 
 
 class KeptBytes:
-    """Count the bytes that autograd saves for the backward pass: each storage once, without parameters."""
+    """Count the bytes that autograd saves for the backward pass: each storage once, without parameters.
+
+    A weak reference keeps the identity of a storage from being used again, but not its memory.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.counted = {p.untyped_storage()._cdata for p in model.parameters()}  # not addresses: a fake tensor has none
+        self.counted: dict[int, Any] = {}
         self.bytes = 0
+        for parameter in model.parameters():
+            self._is_new(parameter.untyped_storage())
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.counted:
-            self.counted.add(storage._cdata)
+        if self._is_new(storage):
             self.bytes += storage.nbytes()
         return tensor
 
     def unpack(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def _is_new(self, storage: Any) -> bool:
+        is_new = storage._cdata not in self.counted
+        if is_new:
+            self.counted[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return is_new
 
 
 def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
