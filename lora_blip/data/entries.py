@@ -93,6 +93,11 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     return NOT_UTF8 if _has_surrogates(result) else result
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a column in lower case with underscores: File Name becomes file_name."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
 def _path_in(image: object) -> object:
     """Return the path in {"bytes": null, "path": "1.jpg"}, as `datasets` writes it, or the value unchanged."""
     if isinstance(image, dict) and image.get("bytes") is None:

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from lora_blip.data.columns import INTEGER, described, flags, meant
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located, plain_name
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
@@ -140,8 +140,7 @@ def _is_comment(row: Row) -> bool:
 
 
 def _names(header: list[str]) -> list[str]:
-    """Return the column names in lower case with underscores: File Name becomes file_name."""
-    return [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in header]
+    return list(map(plain_name, header))
 
 
 VIA_TABLE = "this is a table of VIA, whose texts are inside JSON; in VIA, export the annotations as JSON, and give this file"

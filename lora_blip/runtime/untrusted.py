@@ -169,7 +169,7 @@ def quoted(value: object) -> str:
 
 def shorten(text: str) -> str:
     """Return a text as one line, shortened and escaped as by `quoted`, but without quotes: for messages of other programs."""
-    return quoted(text)[1:-1]
+    return quoted(text)[1:-1].replace("\\'", "'")
 
 
 def pasteable(text: str) -> str:

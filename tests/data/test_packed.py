@@ -142,7 +142,7 @@ def test_chats_in_parquet_are_read_with_their_image_in_a_list(run, pa, tmp_path,
     assert reasons == ["it has 2 images; an example has one"]
 
 
-@pytest.mark.parametrize(("address", "caption"), [("URL", "TEXT"), ("image", "caption"), ("x" * 400, "TEXT")])
+@pytest.mark.parametrize(("address", "caption"), [("URL", "TEXT"), ("image", "caption"), ("x" * 4000, "TEXT")])
 def test_web_addresses_in_parquet_are_one_error_with_img2dataset_s_command(run, pa, tmp_path, address, caption):
     """LAION is published as Parquet with the columns URL and TEXT."""
     path = table(tmp_path / "laion.parquet", pa, [{address: "https://x.com/1.jpg", caption: "a cat", "WIDTH": 5}])
@@ -173,12 +173,40 @@ def test_other_columns_are_named_by_flags(run, pa, tmp_path):
         run(bare)
     assert pairs(run(bare, text_key="words", splits="1")["train"]) == [(n, f"w{n}") for n in range(4)]
     with pytest.raises(
-        DataError, match=r"no column has the name 'photo'; the columns are pixels, words; name it: --image-key COLUMN$"
+        DataError,
+        match=r"no column has the name 'photo'; the columns are pixels, words; name the column: --image-key \"pixels\"$",
     ):
         run(path, image_key="photo")
     both = table(tmp_path / "both.parquet", pa, [{"image": embedded(5), "caption": "c", "words": "w"}])
     with pytest.raises(DataError, match=r"it has no 'wrods'; its keys are .*; did you mean --text-key \"words\"\?"):
         run(both, text_key="wrods")
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [("Image", "Caption"), ("File Name", "Alt-Text"), ("image_filename", "DESCRIPTION"), ("PATH", "captions")],
+)
+def test_common_names_of_columns_are_known_in_any_case_and_with_spaces(run, pa, tmp_path, image, text):
+    (tmp_path / "1.png").write_bytes(png(1))
+    words = ["a", "b"] if text == "captions" else "a"
+    lines = run(table(tmp_path / "x.parquet", pa, [{image: "1.png", text: words}]), splits="1")["train"]
+    assert pairs(lines) == [(1, word) for word in words]
+    assert pairs(run(tmp_path / "x.parquet", splits="1", text_key=text, image_key=image)["train"]) == [
+        (1, word) for word in words
+    ]
+
+
+def test_unknown_columns_of_paths_give_both_flags(run, pa, tmp_path):
+    (tmp_path / "1.png").write_bytes(png(1))
+    more = {f"Anmerkung {n} der Redaktion zu dieser Aufnahme": "" for n in range(20)}
+    path = table(tmp_path / "x.parquet", pa, [{"Datei": "1.png", "Nr": 4, "Beschreibung": "eine Katze"} | more])
+    with pytest.raises(DataError) as error:
+        run(path)
+    end = '; name the columns: --image-key "Datei" --text-key "Beschreibung"'
+    assert "the columns are Datei, Nr, Beschreibung, Anmerkung 0 der" in str(error.value) and str(error.value).endswith(end)
+    assert pairs(run(path, image_key="Datei", text_key="Beschreibung", splits="1")["train"]) == [(1, "eine Katze")]
+    with pytest.raises(DataError, match=r"no column has the name 'Date'; .*; did you mean --image-key \"Datei\"\?$"):
+        run(path, image_key="Date")
 
 
 def test_of_two_columns_of_images_the_user_chooses(run, pa, tmp_path):

@@ -21,10 +21,10 @@ from typing import Any
 
 from lora_blip.data.columns import flags, renamed, unknown_name
 from lora_blip.data.conversions import converted, needs_conversion
-from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, LeftOut, Located, first_key
+from lora_blip.data.entries import ANSWER_KEYS, SPLITS, TEXT_KEYS, Entry, LeftOut, Located, first_key, plain_name
 from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
 from lora_blip.data.images import LARGEST_FILE, is_picture
-from lora_blip.data.prepare.parquet_reader import ADDRESSES, UNWRITABLE
+from lora_blip.data.prepare.parquet_reader import ADDRESSES, COLUMNS, UNWRITABLE
 from lora_blip.data.prepare.web_addresses import refusal
 from lora_blip.data.shards import StrictTarInfo
 from lora_blip.errors import DataError, FileError
@@ -36,7 +36,8 @@ from lora_blip.runtime.untrusted import open_regular, os_error_reason, parsed, p
 
 READER = Path(__file__).with_name("parquet_reader.py")
 SUFFIXES = {".parquet": "parquet", ".arrow": "parquet", ".tar": "shard"}
-CAPTION_COLUMNS = (*TEXT_KEYS, "captions", "sentences")  # names of a column with a caption or a list of captions
+PACKAGE_PATH = Path(__file__).parents[3]  # the folder that contains lora_blip, which may not be installed
+KNOWN_COLUMNS = {*TEXT_KEYS, *ANSWER_KEYS, "question", "question_id", "split", "group"}  # in upper or lower case
 CACHE_PREFIXES = ("cache-",)  # the datasets library's own caches
 
 
@@ -95,8 +96,15 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
         raise DataError(f'{path} is a Parquet or Arrow file; to read it, install pyarrow: pip install "lora_blip[parquet]"')
     make_folder(target)
     command = [sys.executable, "-P", str(READER), str(target.absolute()), str(path), keys.image]
+    python_path = os.pathsep.join(filter(None, [str(PACKAGE_PATH), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"PYTHONPATH": python_path},
+        )
         try:
             for line in child.stdout or ():
                 if line.endswith(b"\n"):  # the last line of a crash may be incomplete
@@ -117,8 +125,9 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
                 raise refusal(path, "parquet", *columns)
             if status < 0:
                 reason = f"the process that read the file ended with {signal.Signals(-status).name}"
-            advice = "" if "--image-key" in reason else "; download it again"
-            raise DataError(printable(f"{path} cannot be read: {shorten(reason)}{advice}"))
+            if reason.startswith(COLUMNS):
+                raise DataError(printable(f"{path}: {reason.removeprefix(COLUMNS).strip()}"))
+            raise DataError(printable(f"{path} cannot be read: {shorten(reason)}; download it again"))
 
 
 def _columns_of_addresses(reason: str) -> list[str]:
@@ -142,15 +151,17 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
     if isinstance(entry, str):
         yield at, entry
         return
+    for key in [key for key in entry if (plain := plain_name(key)) != key and plain in KNOWN_COLUMNS and plain not in entry]:
+        entry[plain_name(key)] = entry.pop(key)
     if needs_conversion(entry):
         yield from converted(at, entry)
         return
-    name = next((key for key in CAPTION_COLUMNS if key in entry), "")
+    name = next((key for key in TEXT_KEYS if key in entry), "")
     texts = entry.get(name)
     if "question" in entry or (not isinstance(texts, list) and name in TEXT_KEYS):
         yield at, entry
         return
-    rest: Entry = {key: value for key, value in entry.items() if key not in CAPTION_COLUMNS}
+    rest: Entry = {key: value for key, value in entry.items() if key not in TEXT_KEYS}
     for text in texts if isinstance(texts, list) else [texts] if name else []:
         yield at, rest | {"text": text.get("raw") if isinstance(text, dict) else text}
     if not name:

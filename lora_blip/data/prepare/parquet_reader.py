@@ -2,7 +2,7 @@
 
 `python parquet_reader.py FOLDER FILE IMAGE_COLUMN` writes each image of FILE once to FOLDER, named by the hash of its bytes.
 It prints a JSON line for each row: {"row": 1, "entry": {…}} or {"row": 1, "reason": "…"}. It limits its memory, file size and
-processor time. It does not import lora_blip.
+processor time.
 """
 
 import hashlib
@@ -13,18 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_blip.data.columns import flags, meant
+from lora_blip.data.entries import IMAGE_KEYS, plain_name
 from lora_blip.runtime.counts import counted
 
-IMAGE_COLUMNS = (
-    "image", "images", "img", "jpg", "png", "webp", "image_path", "file_name", "filename", "file", "filepath", "file_path",
-    "path", "img_path", "photo", "picture",
-)  # fmt: skip
+IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png", "webp", *IMAGE_KEYS)
 LARGEST_IMAGE = 2**28  # largest number of bytes of an image
 LONGEST = 2**20  # largest number of characters of a text
+SHOWN = 8  # largest number of columns in a message
 MOST_ITEMS = 1000  # largest number of items of a list, such as the captions of an image
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
 CAPTION_NAMES = ("caption", "text", "captions", "alt_text", "title")
 ADDRESSES = "ADDRESSES"  # starts the message, before the names of two columns as JSON, if the images are web addresses
+COLUMNS = "COLUMNS"  # starts a message about unknown columns, which is not cut
+LONGEST_MESSAGE = 3000  # characters
 UNWRITABLE = "UNWRITABLE"  # starts the message, before an errno, if an image cannot be written
 SPARE_MEMORY = 2**32  # bytes that reading a small file may need
 SIGNATURES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp", b"II*\0": ".tif"}
@@ -36,13 +38,13 @@ def main(target: Path, path: Path, image_column: str) -> None:
 
     limit(path.stat().st_size)
     schema, batches = open_table(path)
-    image = image_column or next((name for name in IMAGE_COLUMNS if name in schema.names), "")
+    plain = {plain_name(name): name for name in reversed(schema.names)} | {name: name for name in schema.names}
+    image = image_column or next((plain[name] for name in IMAGE_COLUMNS if name in plain), "")
     image = image or only_one([field.name for field in schema if is_binary(field.type)])
     image = image or next((field.name for field in schema if pa.types.is_struct(field.type)), "")
     image = image or next((name for name in schema.names if name.lower() in URL_COLUMNS), "")
     if image not in schema.names:
-        names = ", ".join(schema.names[:20])
-        raise ValueError(f"no column has the name {image or 'image'!r}; the columns are {names}; name it: --image-key COLUMN")
+        raise ValueError(unknown_column(image_column, schema, batches))
     columns = [field.name for field in schema if field.name == image or not is_binary(field.type)]
     row = 0
     for batch in batches(columns):
@@ -54,11 +56,26 @@ def main(target: Path, path: Path, image_column: str) -> None:
             print(json.dumps({"row": row} | entry_of(values, image, target), default=str))
 
 
+def unknown_column(named: str, schema: Any, batches: Any) -> str:
+    """Return the message for a file whose image column is unknown. named: the name that the user gives, or ""."""
+    columns = [field.name for field in schema if not is_binary(field.type)]
+    images = [field.name for field in schema if is_binary(field.type)]
+    problem = f"no column has the name {named!r}" if named else "no column has a known name for the image"
+    fix = meant("image", named, schema.names).strip() if named else ""
+    if not fix and len(images) == 1:
+        fix = f"name the column: --image-key {json.dumps(images[0])}"
+    if not fix and (rows := next(iter(batches(columns))).to_pylist()):
+        below = [[str(row[name]) for name in columns] for row in rows]
+        fix = f"name the columns: {flags(columns, [plain_name(name) for name in columns], below)}"
+    listed = ", ".join(schema.names[:SHOWN]) + ", …" * (len(schema.names) > SHOWN)
+    return f"{COLUMNS} {problem}; the columns are {listed}; {fix or 'name it: --image-key COLUMN'}"
+
+
 def only_one(columns: list[str]) -> str:
     """Return the only column, or "" if there is none. Raise ValueError if there are several, because any may be the image."""
     if len(columns) > 1:
         raise ValueError(
-            f"the columns {', '.join(columns[:20])} contain bytes; name that of the image: --image-key {columns[0]}"
+            f"{COLUMNS} the columns {', '.join(columns[:20])} contain bytes; name that of the image: --image-key {columns[0]}"
         )
     return next(iter(columns), "")
 
@@ -198,4 +215,4 @@ if __name__ == "__main__":
     except MemoryError:
         sys.exit("it needs more memory than a valid file of its size")
     except Exception as error:
-        sys.exit((str(error).splitlines() or [type(error).__name__])[0][:300])
+        sys.exit((str(error).splitlines() or [type(error).__name__])[0][:LONGEST_MESSAGE])
