@@ -46,39 +46,34 @@ def is_held(folder: Path) -> bool:
         with file:
             if not _lock(file):
                 return True
-            _unlock(file)
+            _set_lock(file, taken=False)
     except OSError:  # there is no lock, or it cannot be written
         pass
     return False
 
 
-def _unlock(file: IO[bytes]) -> None:
-    """Release the lock now. Windows may release it some time after the file is closed."""
+def _lock(file: IO[bytes]) -> bool:
+    """Take the lock of an open file. Return False if another process has it."""
+    try:
+        _set_lock(file, taken=True)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks: continue without one
+    return True
+
+
+def _set_lock(file: IO[bytes], taken: bool) -> None:
+    """Take or release a POSIX record lock, or a lock of Windows. Raise OSError if another process has it.
+
+    A lock of flock would be inherited by loader workers, which may outlive a killed parent. On Windows, a lock must be released
+    before the file is closed, because Windows may release it some time later.
+    """
     if sys.platform == "win32":
         import msvcrt
 
         windows: Any = msvcrt
         file.seek(0)
-        windows.locking(file.fileno(), windows.LK_UNLCK, 1)
+        windows.locking(file.fileno(), windows.LK_NBLCK if taken else windows.LK_UNLCK, 1)
     else:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_UN)
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Take a POSIX record lock. A lock of flock would be inherited by loader workers, which may outlive a killed parent."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            windows: Any = msvcrt
-            file.seek(0)
-            windows.locking(file.fileno(), windows.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks: continue without one
-    return True
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB if taken else fcntl.LOCK_UN)
