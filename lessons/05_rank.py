@@ -69,7 +69,7 @@ print(f"r = 1 trains {parameters[1]:,} of {full:,} parameters of these linears: 
 # The scores do not rise with r. With the seeds 0, 1 and 2, all of them are between 91 % and 100 %, and the order of
 # the ranks changes with the seed (`lessons/spread.md` has all numbers). So this experiment does not say which rank is
 # best. It says that rank 1 is enough for the cubes (8,192 parameters). It has the highest score with seed 0 and the lowest with
-# the seeds 1 and 2. Its mean over the seeds is 95 %. The ranks 2, 8 and 16 have the same mean (rounded), and rank 4 has 98 %.
+# the seeds 1 and 2. Its mean over the seeds is 95 %. The means of the ranks 2, 8 and 16 are 95 % or 96 %, and that of rank 4 is 98 %.
 # So no larger rank is clearly better, although the rule favours large ranks.
 #
 # ## The singular values of ΔW
@@ -112,9 +112,9 @@ for n in (8, 4, 2, 1):
 
 # %% [markdown]
 # The sixteen singular values of ΔW fall gradually: the effective rank is about 11. But the score needs only a few of
-# them. With four of the sixteen, it is at most four percentage points below that of all (seeds 0, 1 and 2). With one, it is much lower, and not
+# them. With four of the sixteen, it is at most five percentage points below that of all (seeds 0, 1 and 2). With one, it is much lower, and not
 # stable: it depends on the seed, and on the rounding. Several versions of this code, which round differently, gave 44 % to 84 % with
-# the three seeds, and 58 % to 78 % with seed 0 alone. In each of these runs, the adapter that was *trained* with rank 1 is
+# the three seeds, and 58 % to 81 % with seed 0 alone. In each of these runs, the adapter that was *trained* with rank 1 is
 # better. So the strongest direction of an update of rank 16 is not the best update of rank 1.
 #
 # The paper compares two trained matrices A, with r = 8 and r = 64, by their right singular vectors (not those of ΔW). It
