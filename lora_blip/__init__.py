@@ -56,13 +56,15 @@ OF_PEFT = {  # name in peft → the call here
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name not in EXPORTS:
-        hint = f"; the equivalent here is lora_blip.{OF_PEFT[name]}" if name in OF_PEFT else ""
-        raise AttributeError(f"module 'lora_blip' has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__])
-    module, _, name_in_module = EXPORTS[name].partition(":")
-    value = globals()[name] = getattr(import_module(f"lora_blip.{module}"), name_in_module or name)
-    return value
+if not TYPE_CHECKING:  # a type checker would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in EXPORTS:
+            hint = f"; the equivalent here is lora_blip.{OF_PEFT[name]}" if name in OF_PEFT else ""
+            raise AttributeError(f"module 'lora_blip' has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__])
+        module, _, name_in_module = EXPORTS[name].partition(":")
+        value = globals()[name] = getattr(import_module(f"lora_blip.{module}"), name_in_module or name)
+        return value
 
 
 def __dir__() -> list[str]:

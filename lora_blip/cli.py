@@ -19,6 +19,7 @@ from lora_blip.inspection import command as inspection
 from lora_blip.lora import blend_command as blending
 from lora_blip.lora import tune_command
 from lora_blip.lora.tune_command import NoSettings
+from lora_blip.runtime.command_line import key_settings
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.similar_names import nearest
@@ -90,8 +91,7 @@ def _report_errors(run: Callable[[], None]) -> None:
 
 def missing_dependency(module: str) -> str:
     """Return a message that names the missing library, and the command that installs all dependencies into this Python."""
-    repository = Path(__file__).resolve().parents[1]
-    is_checkout = (repository / "pyproject.toml").is_file()
+    is_checkout = ((repository := Path(__file__).resolve().parents[1]) / "pyproject.toml").is_file()
     project = f"-e {quoted_for_shell(str(repository))}" if is_checkout else "lora_blip"
     venv_python = repository / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     has_venv = is_checkout and venv_python.exists() and venv_python != Path(sys.executable)
@@ -131,9 +131,10 @@ def stop(error: Exception) -> NoReturn:
 def print_error(error: Exception) -> None:
     """Print the message of an error to stderr."""
     message = str(error).strip()
-    if "Original Traceback" in message:  # from a worker process: the last line is the message
-        message = message.splitlines()[-1].partition(": ")[2]
-    print(f"error: {printable_lines(message)}\n", end="", file=sys.stderr)  # one write, so that lines of processes do not mix
+    if "Original Traceback" in message:
+        message = message.splitlines()[-1].partition(": ")[2]  # from a worker process
+    # one write, so that the lines of processes do not mix
+    print(f"error: {printable_lines(message + key_settings(message))}\n", end="", file=sys.stderr)
 
 
 def prepare_settings() -> type:

@@ -56,6 +56,10 @@ class ModelError(LoraBlipError, ValueError):
     """A model cannot be loaded or used. The message says why."""
 
 
+class MissingBaseError(ModelError):
+    """There is no base model with this name or path, or it cannot be downloaded."""
+
+
 class TargetError(LoraBlipError, ValueError):
     """A target matches no module, or a module that cannot get an adapter. The message lists the possible targets."""
 

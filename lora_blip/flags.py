@@ -277,7 +277,8 @@ def _corrected(given: list[str], unknown: list[str], names: list[str]) -> list[s
             result.append(word)
             continue
         near, has_value, template = nearest(_plain(flag), names).partition("=")
-        if not equals and ("{}" in template or not near) and words and not words[0].startswith("-"):
+        is_truth = words and has_value and words[0].lower() in ("true", "1")  # --bf16 true
+        if words and not equals and not words[0].startswith("-") and ("{}" in template or not near or is_truth):
             value = words.pop(0)
         result += [_flag(near), *filter(None, [template.format(value) if has_value else value])] if near else []
     return result

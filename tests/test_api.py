@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lora_blip
-from lora_blip.errors import AdapterError, ConfigError, InputError, LoRAError, ModelError
+from lora_blip.errors import AdapterError, ConfigError, InputError, LoRAError, ModelError, TargetError
 from lora_blip.lora import attached, targets
 from lora_blip.lora.sites import Site
 from lora_blip.models.local_base import locate_base
@@ -144,6 +144,9 @@ def test_a_file_that_uses_every_name_passes_mypy_strict(tmp_path):
 
     assert mypy("right.py").returncode == 0, mypy("right.py").stdout
     assert "wrong.py:7: error: Incompatible types in assignment" in mypy("wrong.py").stdout
+    (tmp_path / "typo.py").write_text("import lora_blip\nfrom lora_blip import Captionner\nlora_blip.injects\n")
+    found = mypy("typo.py").stdout
+    assert 'has no attribute "Captionner"' in found and 'has no attribute "injects"' in found
 
 
 # ---------------------------------------------------------------- first guesses
@@ -261,6 +264,19 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "a base for a captioner": (lora_blip.Captioner, InputError, r"from_adapter\(None, base=backbone\)$"),
     "no adapter to merge": (lora_blip.merge, LoRAError, r'call lora_blip\.load_adapter\(backbone, "latest"\)'),
     "no adapter to bake": (lora_blip.bake, LoRAError, r'call lora_blip\.load_adapter\(backbone, "latest"\)'),
+    "a wrong rank": (lambda b: lora_blip.inject(b, "vit", r=2.5), LoRAError, r"^r=2\.5: expected a whole number from 1 to"),  # type: ignore[arg-type]
+    "rank 0": (lambda b: lora_blip.inject(b, "vit", r=0), LoRAError, r"^r=0: expected a whole number .*, such as r=8"),
+    "a truth value as rank": (lambda b: lora_blip.find_targets(b, "vit:alpha=4", r=True), LoRAError, r"^r=True: expected"),
+    "a text as alpha": (lambda b: lora_blip.inject(b, "vit", alpha="a"), LoRAError, r"^alpha='a': expected a positive"),  # type: ignore[arg-type]
+    "an unknown variant": (lambda b: lora_blip.find_targets(b, "vit", variant=3), LoRAError, "^variant=3: expected one of"),  # type: ignore[arg-type]
+    "a number as target": (lambda b: lora_blip.find_targets(b, 5), TargetError, "the target 5 is of type int; give a text"),  # type: ignore[arg-type]
+    "numbers as targets": (lambda b: lora_blip.find_targets(b, [5]), TargetError, "the target 5 is of type int; give a text"),  # type: ignore[list-item]
+    "a number as name": (lambda b: lora_blip.inject(b, "vit", name=5), LoRAError, "adapter name 5 is not allowed"),  # type: ignore[arg-type]
+    "a list as name": (lambda b: lora_blip.inject(b, "vit", name=[]), LoRAError, r"adapter name \[\] is not"),  # type: ignore[arg-type]
+    "an empty name to eject": (lambda b: lora_blip.eject(b, ""), LoRAError, "the model has no adapter ''"),
+    "a number as device": (
+        lambda _: lora_blip.load_backbone("assets/tiny-blip", device=5), ModelError, "device '5' cannot be used",  # type: ignore[arg-type]
+    ),
     "a path to train": (
         lambda _: lora_blip.train("vit"), ConfigError,  # type: ignore[arg-type]
         r"train expects TrainConfig, and not str: lora_blip\.train\(lora_blip\.TrainConfig\(\)\)",

@@ -111,12 +111,9 @@ class ExampleBuilder:
         if known_split:
             self.splits[number] = known_split
         used = {first_key(entry, IMAGE_KEYS), first_key(entry, ANSWER_KEYS if is_question else TEXT_KEYS), "group", "prompt"}
-        for key in (
-            entry.keys()
-            - used
-            - ({"split"} if known_split else set())
-            - ({"question", "question_id"} if is_question else set())
-        ):
+        used |= {"split"} if known_split else set()
+        used |= {"question", "question_id"} if is_question else set()
+        for key in (key for key in entry if key not in used):
             if key in self.ignored or len(self.ignored) < MOST_KEYS:
                 count, first = self.ignored.get(key, (0, number))
                 self.ignored[key] = count + 1, first

@@ -1,7 +1,8 @@
 """`lora-blip evaluate`: compare the base and the adapter on images with reference texts."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.leaks import leak_warning
-from lora_blip.errors import ConfigError
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import outputs
 from lora_blip.evaluation.leak_search import LeakSearch, search_leaks
 from lora_blip.evaluation.measures import Progress, measure
 from lora_blip.evaluation.outputs import Comparison
 from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.other_runs import advice
 from lora_blip.inference.prediction import line_of, prediction_of
 from lora_blip.inference.setup import apply_adapter, describe, open_task, read_optional_adapter
 from lora_blip.lora.adapter_file import Adapter
@@ -32,7 +34,9 @@ from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import require_folder
 from lora_blip.tasks.base import PredictionTask
-from lora_blip.tasks.text_length import CutCount
+from lora_blip.tasks.caption import IS_QUESTION
+from lora_blip.tasks.text_length import TextCount
+from lora_blip.tasks.vqa import NO_QUESTION
 
 FEW = 10  # warn if there are fewer images, because bootstrap intervals are then too narrow
 
@@ -53,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     adapter = read_optional_adapter(config.adapter, config.scale)
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, adapter)
-    examples = read_references(config, task)
+    examples = read_references(config, task, adapter)
     with phase("searching the training data for these images"):
         leak_search = search_leaks(config, adapter, examples)
     make_folder(folder, exist_ok=bool(config.output_dir))  # now, so that no other run uses this name
@@ -87,10 +91,20 @@ def output_folder(output_dir: str) -> Path:
     return Path(output_dir)
 
 
-def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Example]:
+@contextmanager
+def other_task_named(config: EvaluateConfig, adapter: Adapter | None) -> Iterator[None]:
+    """Add to an error about lines of another task the newest run of that task."""
+    try:
+        yield
+    except DataError as error:
+        wanted = "caption" if NO_QUESTION in str(error) else "vqa" if IS_QUESTION in str(error) else ""
+        raise DataError(f"{error}{advice(wanted, config.adapter, adapter) if wanted else ''}") from None
+
+
+def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapter | None = None) -> list[Example]:
     """Return the valid lines of the references. Print a table of what was read, and the unknown tokens."""
     require_folder("image_root", config.image_root)
-    with phase(f"reading {config.references}"):
+    with phase(f"reading {config.references}"), other_task_named(config, adapter):
         examples, _ = annotations.read(
             config.references,
             config.image_root,
@@ -143,8 +157,7 @@ def warnings_of(comparison: Comparison, leak_search: LeakSearch, task: Predictio
     warnings = [leak_warning(leak_search.leaks, images, "evaluation")] if leak_search.leaks else []
     warnings += comparison.main.warnings
     for name, scored in (("the base", comparison.base), ("the adapter", comparison.adapted)):
-        if scored and (line := CutCount().add(scored.texts).report(task, f"texts of {name}", examples)):
-            warnings.append(line)
+        warnings += TextCount().add(scored.texts).warnings(task, f"texts of {name}", examples) if scored else []
     if images < FEW:
         warnings.append(f"only {counted(images, 'image')}: with fewer than {FEW}, the intervals are too narrow; add images")
     return warnings

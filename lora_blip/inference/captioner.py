@@ -63,9 +63,9 @@ class Captioner:
         if not isinstance(task, PredictionTask):
             shown = repr(task) if isinstance(task, str | Path) else "None, base=backbone"
             raise InputError(f"a Captioner is created by lora_blip.Captioner.from_adapter({shown})")
+        self.shared_base = shared(task.backbone.model)  # first, because it refuses to be pickled
         self.adapter, self.batch_size = adapter, batch_size
         self.runner = Runner(task, batch_size, precision, report=print_on_stderr)
-        self.shared_base = shared(task.backbone.model)
         self.shared_adapter: SharedAdapter | None = None  # the adapter, if the caller loaded the base
         self.hooked = bool(attached.names(self.backbone.model))  # False if the adapter is merged
 

@@ -159,7 +159,8 @@ def _check_values(image: Any, name: str) -> None:
         return
     if "float" not in dtype:
         raise InputError(f"{name} has the dtype {dtype}; expected uint8 (0 to 255) or float (0 to 1){_conversion(image)}")
-    smallest, largest = float(image.min()), float(image.max())
+    values = image.detach() if isinstance(image, Tensor) else image
+    smallest, largest = float(values.min()), float(values.max())
     if smallest != smallest:
         raise InputError(f"{name} contains NaN; a float image has values from 0 to 1")
     if not (smallest >= 0 and largest <= 1):  # `not`, so that NaN is an error too

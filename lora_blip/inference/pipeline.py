@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from lora_blip.runtime.settings import require_settings
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
-from lora_blip.tasks.text_length import OF_BASE, CutCount
+from lora_blip.tasks.text_length import OF_BASE, TextCount
 
 
 @encodable_output()
@@ -88,7 +88,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, adapted=False, device="cpu")[0])
     scheduler = BlockScheduler(ranks, runner, stop_request, out)
     base: dict[int, str] = {}
-    cut = {"base": CutCount(), "texts": CutCount()}
+    cut = {"base": TextCount(), "texts": TextCount()}
     if config.compare and adapter:
         with ProgressDisplay("base", count, out) as display:
             scheduler.run(examples, Predictor(texts), partial(record_base_texts, base, display, cut["base"]))
@@ -105,7 +105,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     if ranks.main:
         print(display.speed_line(), end="")
         for name, count_of_cut in ((OF_BASE, cut["base"]), ("texts", cut["texts"])):
-            if line := count_of_cut.report(task, name):
+            for line in count_of_cut.warnings(task, name, [*chain.from_iterable(inputs.references.values())]):
                 print(f"warning: {line}")
         out.finish()
         if config.explain:
@@ -140,14 +140,14 @@ def conclude(
         print(f"explanation: {page.resolve().as_uri()}")
 
 
-def record_base_texts(base: dict[int, str], display: ProgressDisplay, cut: CutCount, results: Results) -> None:
+def record_base_texts(base: dict[int, str], display: ProgressDisplay, cut: TextCount, results: Results) -> None:
     """Record the texts of the base in `base`. They are printed and written next to those of the adapter."""
     cut.add([result.text for _, result in results if isinstance(result, Prediction)])
     base |= {finished.key_of(example): result.text for example, result in results if isinstance(result, Prediction)}
     display.count_results(results)
 
 
-def write_results(out: Output, base: dict[int, str], display: ProgressDisplay, cut: CutCount, results: Results) -> None:
+def write_results(out: Output, base: dict[int, str], display: ProgressDisplay, cut: TextCount, results: Results) -> None:
     """Write the results to the files of the run and print the first ones."""
     cut.add([result.text for _, result in results if isinstance(result, Prediction)])
     out.write(results, base)

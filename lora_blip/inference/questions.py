@@ -1,5 +1,6 @@
 """Read questions, texts to rank and references from settings or files, and return the examples to predict."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,15 +192,27 @@ def read_references(
         if image_path := image_at.get(resolved[example.image]):
             references.setdefault(image_path, []).append(replace(example, image=image_path))
     if not references:
-        first = examples[0].image.resolve()
         raise DataError(
             f"{source} has no line for any of {counted(compared, 'image')}{of_setting(images)}. The first path in the file is "
-            f"{first}; to use the images of the file: --images {quoted_for_shell(relative_if_below(first.parent))}; "
-            "or set IMAGE_ROOT (--image-root) so that the paths agree"
+            f"{examples[0].image.resolve()}; {_fix_of_paths(examples, images)}"
         )
     if unused := len(examples) - sum(map(len, references.values())):
         print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
     return references
+
+
+def _fix_of_paths(examples: list[Example], images: Iterable[Example]) -> str:
+    """Return the settings with which the paths of the references and of the images agree."""
+    if (first := examples[0].image.resolve()).exists():
+        return f"to use the images of the file: --images {quoted_for_shell(relative_if_below(first.parent))}"
+    parts = {tuple(Path(example.name).parts) for example in examples}
+    for image in images:
+        path = image.image.absolute()
+        count = next((count for count in range(1, len(path.parts)) if path.parts[-count:] in parts), 0)
+        if count:
+            root = relative_if_below(path.parents[count - 1])
+            return f"set IMAGE_ROOT = {json.dumps(root)} (--image-root {quoted_for_shell(root)})"
+    return "set IMAGE_ROOT (--image-root) to the folder that its paths are relative to"
 
 
 def of_setting(images: Iterable[Example]) -> str:

@@ -10,7 +10,7 @@ from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource, open_example
-from lora_blip.errors import AdapterError, ConfigError, ImageError, ModelError
+from lora_blip.errors import AdapterError, ConfigError, ImageError, MissingBaseError
 from lora_blip.inference import output
 from lora_blip.inference.other_runs import advice
 from lora_blip.inference.questions import (
@@ -155,11 +155,11 @@ def open_task(
                 name, device or config.device, requested_precision, config.base_dtype, fast=config.fast, image_size=size,
                 trained_dtype=adapter.base_dtype if adapter else "",
             )  # fmt: skip
-    except ModelError as error:
+    except MissingBaseError as error:
         if config.model or adapter is None:
             raise
         moved = "if this base was moved, give its new path: --model PATH (in Python: base=PATH)"
-        raise ModelError(f"{error}\nThe adapter {adapter.path} was trained on {name!r}; {moved}") from None
+        raise MissingBaseError(f"{error}\nThe adapter {adapter.path} was trained on {name!r}; {moved}") from None
     task = task_of(backbone, adapter, config)
     if adapted and adapter:
         apply_adapter(task, adapter, config.merge if isinstance(config, InferConfig) else True)
@@ -202,6 +202,11 @@ def task_of(
     if name not in TASKS:
         raise ConfigError(
             f"the adapter was trained for the unknown task {name!r}; set TASK (--task) to one of {', '.join(TASKS)}"
+        )
+    if adapter and config and config.model and backbone.architecture not in TASKS[name].architectures:
+        raise ConfigError(
+            f"MODEL = {config.model!r} is a {backbone.architecture}, but the adapter {adapter.path} is for the task {name}; "
+            'to use the base of the adapter, set MODEL = "" (--model "")'
         )
     task = TASKS[name](backbone, "" if prompt == "none" else prompt, generation)
     if adapter and attached.names(backbone.model):

@@ -5,6 +5,7 @@ import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import nn
@@ -26,6 +27,9 @@ class SharedAdapter:
     name: str
 
 
+OPEN_AGAIN = "open it in each process, after a fork (gunicorn: without --preload; ProcessPoolExecutor: in `initializer`)"
+
+
 class SharedBase:
     """The lock of one model, and the adapters that its captioners loaded. All captioners of the model share it."""
 
@@ -35,6 +39,10 @@ class SharedBase:
         # key of `names` → adapter; an entry disappears when its last captioner is deleted
         self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()
 
+    def __reduce__(self) -> NoReturn:
+        """Raise ModelError if a captioner or its base is pickled or copied, for example to send it to another process."""
+        raise ModelError(f"a captioner cannot be sent to another process or copied; {OPEN_AGAIN}")
+
     @property
     def lock(self) -> threading.RLock:
         """Return the lock that is held while the model or its tokenizer is used.
@@ -43,8 +51,8 @@ class SharedBase:
         """
         if os.getpid() != self._process:
             raise ModelError(
-                "this captioner or its base was opened before a fork, and PyTorch's threads do not survive a fork; open it in "
-                "each process, after the fork (gunicorn: without --preload; ProcessPoolExecutor: in `initializer`)"
+                "this captioner or its base was opened before a fork, and PyTorch's threads do not survive a fork; "
+                + OPEN_AGAIN
             )
         return self._lock
 

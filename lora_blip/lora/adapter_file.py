@@ -113,13 +113,13 @@ def save(
         raise AdapterError(f"{path} exists already; give another path, or overwrite=True")
     loras = attached.adapters(model, name)
     if not loras:
-        raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(attached.names(model)) or 'none'}")
+        others = " or ".join(f"name={each!r}" for each in attached.names(model)) or "none"
+        raise AdapterError(f"the model has no adapter {quoted(name)}; it has {others}")
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
         if is_rescaled(lora):
-            raise AdapterError(
-                f"the adapter {name!r} was loaded with another scale, which a file cannot contain; load it without"
-            )
+            fix = "load it without, or write it from its run: lora-blip blend RUN=0.5 --output-dir scaled"
+            raise AdapterError(f"adapter {name!r} was loaded with another scale, which a file cannot contain; {fix}")
     tensors = {key: value for address, lora in loras.items() for key, value in tensors_of(address, lora).items()}
     check_values(path, tensors, [lora.site for lora in loras.values()])
     base_samples = samples(model, loras.values(), backbone.samples if isinstance(backbone, Loaded) else None)

@@ -167,7 +167,7 @@ def check_names(model: nn.Module, required: Iterable[str]) -> None:
 def check_unheld(model: nn.Module, *names: str) -> None:
     """Raise LoRAError if one of these adapters belongs to a `Captioner`."""
     for name in names:
-        if name in share_routing(model).dormant:
+        if isinstance(name, str) and name in share_routing(model).dormant:
             raise LoRAError(
                 f"adapter {name!r} belongs to a Captioner on this model, and only that one can use it; put your own adapter "
                 "on the model with another name: lora_blip.load_adapter(backbone, path, name='mine')"

@@ -28,6 +28,7 @@ from lora_blip.lora.save_guard import guard
 from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, modules_of, name_of
 from lora_blip.lora.targets import find
 from lora_blip.lora.variants import check_decomposable
+from lora_blip.runtime.untrusted import quoted
 
 
 def inject(
@@ -61,6 +62,7 @@ def inject(
     by_name = bool(items) and all(isinstance(item, str) for item in items)
     sites = find(model, names, r, alpha, variant) if by_name else list_sites(items)
     by_address = {site.address: site for site in sites}
+    check_new_name(name)
     check_unheld(model, name)
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != by_address:
@@ -130,7 +132,7 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     >>> lora_blip.eject(backbone)
     """
     model = model_of(model, name, 'lora_blip.eject(backbone, "default")')
-    check_names(model, [name] if name else [])
+    check_names(model, [] if name is None else [name])
     hooked = adapted_linears(model)
     leaving = {path: {key for key in linear.lora if name in (None, name_of(key))} for path, linear in hooked.items()}
     staying = {path: linear.lora.merged - leaving[path] for path, linear in hooked.items()}
@@ -158,8 +160,9 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
 
 def check_new_name(name: str) -> None:
     """Raise LoRAError if a name cannot be a key of an `AdapterStack`."""
-    if not name.replace("_", "").replace("-", "").isalnum() or hasattr(AdapterStack(), name):
+    is_name = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
+    if not is_name or hasattr(AdapterStack(), name):
         raise LoRAError(
-            f"adapter name {name!r} is not allowed; use letters, digits, '-' and '_', such as 'cubes'. Names of methods of a "
-            "dict, such as 'keys', are not allowed either"
+            f"adapter name {quoted(name)} is not allowed; use letters, digits, '-' and '_', such as 'cubes'. Names of methods "
+            "of a dict, such as 'keys', are not allowed either"
         )

@@ -205,14 +205,19 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
         _check_place(site, linear)
 
 
+def check_update(r: Any, alpha: Any, variant: Any, where: str = "") -> None:
+    """Raise LoRAError for a wrong r, alpha or variant. where: the start of the message."""
+    if type(r) is not int or not 1 <= r <= MOST_RANK:
+        raise LoRAError(f"{where}r={quoted(r)}: expected a whole number from 1 to {MOST_RANK}, such as r={R}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise LoRAError(f"{where}alpha={quoted(alpha)}: expected a positive finite number, such as alpha={ALPHA}")
+    if variant not in VARIANTS:
+        raise LoRAError(f"{where}variant={quoted(variant)}: expected one of {', '.join(VARIANTS)}")
+
+
 def _check_numbers(site: Site) -> None:
     """Raise LoRAError for an r or alpha that a file cannot contain, or that is too large for float32."""
-    if type(site.r) is not int or not 1 <= site.r <= MOST_RANK:
-        raise LoRAError(f"{site.address!r}: r={quoted(site.r)}: expected a whole number from 1 to {MOST_RANK}")
-    if isinstance(site.alpha, bool) or not isinstance(site.alpha, int | float) or not 0 < site.alpha < math.inf:
-        raise LoRAError(f"{site.address!r}: alpha={quoted(site.alpha)}: expected a positive finite number")
-    if site.variant not in VARIANTS:
-        raise LoRAError(f"{site.address!r}: variant={quoted(site.variant)}: expected one of {', '.join(VARIANTS)}")
+    check_update(site.r, site.alpha, site.variant, f"{site.address!r}: ")
     if site.alpha > FLOAT32.max * site.r or not FLOAT32.tiny <= site.scale <= FLOAT32.max:
         root = "√" if site.variant == "rslora" else ""
         raise LoRAError(

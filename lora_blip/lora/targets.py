@@ -10,7 +10,7 @@ qformer:r=4:alpha=8     with its own rank and alpha, instead of those of the set
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import nn
 
 from lora_blip.errors import TargetError
 from lora_blip.lora.attached import Loaded, adapters, model_of
-from lora_blip.lora.sites import ALPHA, R, Site, base_size, is_linear, modules_of, tied
+from lora_blip.lora.sites import ALPHA, R, Site, base_size, check_update, is_linear, modules_of, tied
 from lora_blip.runtime.counts import counted
+from lora_blip.runtime.untrusted import quoted
 
 VIT = r"vision_model\.encoder\.layers\.\d+\."
 TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."
@@ -83,7 +84,7 @@ def parse(target: str, r: int, alpha: float) -> Pattern:
         raise TargetError(f"target {target.strip()!r}: r must be a whole number of at least 1, such as vit:r=8")
     if own.get("alpha", "1").count(".") > 1 or own.get("alpha", "1") == ".":
         raise TargetError(f"target {target.strip()!r}: alpha must be a number, such as vit:alpha=8")
-    rank = int(own.get("r", r))
+    rank = int(own["r"]) if "r" in own else r
     layers = None
     if match["first"] is not None:
         layers = range(int(match["first"] or 0), int(match["last"] or 10_000))
@@ -97,16 +98,17 @@ def find(
 
     targets: presets, module names or regexes, as a list or separated by commas. A later target overrides r and alpha of an
     earlier one. variant: that of all sites. Raise TargetError if a target matches nothing (the message
-    suggests others), or if one target is a fused linear and another one a block of it. In peft: `target_modules`,
-    `rank_pattern` and `alpha_pattern`.
+    suggests others), or if one target is a fused linear and another one a block of it. Raise LoRAError for a wrong r, alpha or
+    variant. In peft: `target_modules`, `rank_pattern` and `alpha_pattern`.
 
     >>> sites = lora_blip.find_targets(backbone, "vit,text:r=4")
     >>> sites[0].module, sites[0].r, sites[0].alpha
     ('vision_model.encoder.layers.0.self_attn.qkv', 8, 32.0)
     """
     model = model_of(model, targets, 'lora_blip.find_targets(backbone, "vit")')
+    check_update(r, alpha, variant)
     chosen: dict[str, Site] = {}
-    for target in targets.split(",") if isinstance(targets, str) else targets:
+    for target in _listed(targets):
         sites = _sites(model, parse(target, r, alpha))
         if not sites:
             raise TargetError(_nothing_matched(model, target))
@@ -116,6 +118,15 @@ def find(
         raise TargetError(f"{min(doubled)!r} is targeted as a whole and by a block of its rows; remove one of the two targets")
     order = {path: number for number, path in enumerate(modules_of(model))}
     return sorted(chosen.values(), key=lambda site: (order[site.module], site.rows or (0, 0)))
+
+
+def _listed(targets: Any) -> list[str]:
+    """Return the targets as a list. Raise TargetError if they are not texts."""
+    listed = targets.split(",") if isinstance(targets, str) else list(targets) if isinstance(targets, Iterable) else [targets]
+    for target in listed:
+        if not isinstance(target, str):
+            raise TargetError(f"the target {quoted(target)} is of type {type(target).__name__}; give a text, such as 'vit'")
+    return listed
 
 
 def _sites(model: nn.Module, pattern: Pattern) -> list[Site]:

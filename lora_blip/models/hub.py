@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
-from lora_blip.errors import ModelError
+from lora_blip.errors import MissingBaseError, ModelError
 from lora_blip.models.bin_weights import INDEX, WEIGHTS
 from lora_blip.models.library import first_line
 from lora_blip.models.local_base import near_embedded
@@ -33,15 +33,13 @@ EXAMPLE = "give a folder that contains config.json, or a hub name such as Salesf
 def fetch(name: str) -> str:
     """Return the local folder of a hub repository, `user/name` or `user/name@revision`. Download what is not in the cache.
 
-    A revision is a branch, a tag or a commit; the default is main. Raise ModelError if there is no such repository, or if the
-    hub cannot be reached and the cache lacks the checkpoint. The message names an embedded base with a similar name.
+    A revision is a branch, a tag or a commit; the default is main. Raise MissingBaseError if there is no such repository, or if
+    the hub cannot be reached and the cache lacks the checkpoint. The message names an embedded base with a similar name.
     """
     try:
         return _fetch(name)
     except ModelError as error:
-        if near := near_embedded(name):
-            raise ModelError(f"{near}{error}") from None
-        raise
+        raise MissingBaseError(f"{near_embedded(name)}{error}") from None
 
 
 def _fetch(name: str) -> str:

@@ -140,9 +140,9 @@ def as_backbone(model: Any, processor: Any) -> Backbone:
     kinds = tuple(kind for architectures in ARCHITECTURES.values() for kind in architectures)
     if not isinstance(model, kinds):
         names = ", ".join(kind.__name__ for kind in kinds)
-        raise InputError(
-            f"base is of type {type(model).__name__}; give a name, a folder, or a model of one of the classes {names}"
-        )
+        fix = "base=model.merge_and_unload()" * hasattr(model, "merge_and_unload")  # a model of peft
+        fix = fix or f"a name, a folder, or a model of one of the classes {names}"
+        raise InputError(f"base is of type {type(model).__name__}; give {fix}")
     tokenizer, image_processor = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))
     if tokenizer is None or image_processor is None:
         raise InputError("a model of transformers needs its processor: processor=transformers.AutoProcessor.from_pretrained(…)")

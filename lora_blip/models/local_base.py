@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_blip.errors import ModelError
+from lora_blip.errors import MissingBaseError
 from lora_blip.models.unsupported import refuse_adapter, refuse_file
 from lora_blip.runtime.user_paths import suggestion
 
@@ -28,7 +28,7 @@ def locate_base(name: str) -> str:
     if is_path or has_folders:
         near = near_embedded(name)
         problem = "does not exist" if is_path else "does not exist, and it is not a hub name"
-        raise ModelError(f"model folder {name!r} {problem}; {near}give the folder of a checkpoint, or a hub name")
+        raise MissingBaseError(f"model folder {name!r} {problem}; {near}give the folder of a checkpoint, or a hub name")
     return ""
 
 

@@ -15,6 +15,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def pick_device(device: str) -> torch.device:
     """Return the device. "auto": the first that exists of cuda, mps, cpu. Raise ModelError if the device cannot be used."""
+    device = str(device)  # a caller may give a torch.device
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

@@ -1,6 +1,7 @@
 """The command that started this process, as a line to paste."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import open_regular, printable
 
+KEY_FLAGS = re.compile(r'--(image|text|question|answer)-key ("[^"]*")')
 SCRIPTS = ("train.py", "infer.py")
 LONGEST_SCRIPT = 2**20  # bytes of a file that are searched
 
@@ -20,6 +22,15 @@ def program() -> list[str]:
     if path.parts[-2:] == ("lora_blip", "__main__.py"):
         return ["python", "-m", "lora_blip"]
     return ["lora-blip"] if path.stem == "lora-blip" else []
+
+
+def key_settings(message: str) -> str:
+    """Return the lines of a script for the flags of columns in a message, such as IMAGE_KEY = "Datei"; "" for a command."""
+    if program()[:1] != ["python"] or Path(sys.argv[0]).name not in SCRIPTS:
+        return ""
+    pairs = dict(KEY_FLAGS.findall(message))
+    lines = ", ".join(f"{name.upper()}_KEY = {value}" for name, value in pairs.items())
+    return f"\nin {Path(sys.argv[0]).name}: {lines}" if lines else ""
 
 
 def is_our_script(path: str) -> bool:

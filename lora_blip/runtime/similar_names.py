@@ -18,6 +18,11 @@ OTHER_NAMES = {  # name in other libraries → our setting, or the setting with 
     "num_return_sequences": "generation=num_return_sequences={}", "no_repeat_ngram_size": "generation=no_repeat_ngram_size={}",
     "output": "output_dir", "out": "output_dir", "save_dir": "output_dir", "lora": "adapter", "adapter_path": "adapter",
     "image_dir": "image_root", "image_folder": "image_root", "images_dir": "image_root", "skip": "on_bad_data=skip",
+    "resume_from_checkpoint": "resume", "model_name_or_path": "model", "pretrained_model_name_or_path": "model",
+    "train_file": "annotations", "validation_file": "val_annotations", "val_split": "val_fraction",
+    "validation_split": "val_fraction", "warmup_ratio": "warmup_steps", "lora_target_modules": "targets",
+    "logging_steps": "log_every", "eval_steps": "validate_every", "save_total_limit": "keep_checkpoints",
+    "dataloader_num_workers": "num_workers", "torch_compile": "compile", "early_stopping_patience": "patience",
     "data": "annotations", "dataset": "annotations", "train_data": "annotations", "validation_annotations": "val_annotations",
 }  # fmt: skip
 SAME = (("annotations", "references", "source"), ("images", "image_root"))  # names of one thing in different commands

@@ -14,10 +14,10 @@ from lora_blip.runtime.progress import subphase
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.text_task import TextTask
 
-QUESTION = (
-    'it is a question, and the task is captioning; to train on questions, set TASK = "vqa" (--task vqa), or choose a '
-    'checkpoint for questions (--model Salesforce/blip-vqa-base); if its answer is a caption, write it as "text"; in '
-    "a chat, write only <image> in the turn of the user"
+IS_QUESTION = "it is a question, and the task is captioning; "
+FOR_QUESTIONS = (
+    'for questions, set TASK = "vqa" (--task vqa), or choose a checkpoint for questions (--model Salesforce/blip-vqa-base); '
+    'if its answer is a caption, write it as "text"; in a chat, write only <image> in the turn of the user'
 )
 COCO_KEYS = {name.lower().replace("-", "_"): name for name in COCO}  # "bleu_4": "BLEU-4"
 
@@ -46,7 +46,7 @@ class CaptionTask(TextTask):
 
     def check(self, example: Example) -> str:
         if not example.text:
-            return QUESTION if example.question else 'no text: captioning needs one; add the key "text"'
+            return IS_QUESTION + FOR_QUESTIONS if example.question else 'no text: captioning needs one; add the key "text"'
         problem, room = self.line_prompts.get(example.prompt) or self.examine_prompt(example.prompt)
         return problem or self.checker.problem(example.text, room)
 

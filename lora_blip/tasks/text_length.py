@@ -116,31 +116,37 @@ def fit_generation(
 
 
 @dataclass
-class CutCount:
-    """How many generated texts were cut."""
+class TextCount:
+    """How many generated texts were cut, and how many are empty."""
 
     cut: int = 0
+    empty: int = 0
     total: int = 0
 
-    def add(self, texts: Collection[object]) -> "CutCount":
+    def add(self, texts: Collection[object]) -> "TextCount":
         self.cut += sum(isinstance(text, CutText) for text in texts)
+        self.empty += sum(isinstance(text, str) and not text.strip() for text in texts)
         self.total += len(texts)
         return self
 
-    def report(self, task: BaseTask, what: str, examples: Iterable[Example] = ()) -> str:
-        """Return one line with the number of texts that were cut, and the fix; "" if there are none.
+    def warnings(self, task: BaseTask, what: str, examples: Iterable[Example] = ()) -> list[str]:
+        """Return a line about the texts that were cut, and one about those that are empty, if there are any.
 
         examples: the lines with the reference texts, if these are known. If all texts fit, a larger limit does not help.
         """
-        if not self.cut or not isinstance(task, TextTask):
-            return ""
+        if not isinstance(task, TextTask):
+            return []
+        cut = [self._describe_cut(task, what, examples)] if self.cut else []
+        return cut + [f"{self.empty:,} of {self.total:,} {what} are empty"] * bool(self.empty)
+
+    def _describe_cut(self, task: TextTask, what: str, examples: Iterable[Example]) -> str:
         most = task.generation.max_new_tokens
         longer = min(2 * most, most_new_tokens(task))
         if examples and longest_text(task, examples) <= most:
             cause = (
                 "the base does not end its texts"
                 if what == OF_BASE
-                else "if this is still so at the end, train longer: raise EPOCHS (--epochs)"
+                else "if this is still so at the end, train longer: raise EPOCHS (--epochs), or MAX_STEPS if it is set"
             )
             fix = f"All reference texts fit this limit, so a larger one does not help: {cause}"
         elif longer > most:

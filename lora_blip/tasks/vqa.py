@@ -17,10 +17,9 @@ from lora_blip.tasks.base import Generation
 from lora_blip.tasks.text_task import TextTask
 
 TEMPLATE = "Question: {question} Answer:"  # the prompt of BLIP-2's authors (Li et al. 2023, arXiv:2301.12597, section 4.1)
-CAPTION = (
-    'no question: the task is vqa, and needs lines {"image": …, "question": …, "answers": […]}; for captions, give an adapter '
-    "of captions (--adapter), or train a checkpoint for captions (--model Salesforce/blip-image-captioning-base)"
-)
+NO_QUESTION = 'no question: the task is vqa, and needs lines {"image": …, "question": …, "answers": […]}; '
+FOR_CAPTIONS = 'for captions, set TASK = "caption" (--task caption)'
+OTHER_CHECKPOINT = "this checkpoint only answers questions; for captions: --model Salesforce/blip-image-captioning-base"
 
 
 class VqaTask(TextTask):
@@ -56,7 +55,7 @@ class VqaTask(TextTask):
 
     def check(self, example: Example) -> str:
         if not example.question:
-            return CAPTION
+            return NO_QUESTION + (OTHER_CHECKPOINT if isinstance(self.language, BlipVqaLanguage) else FOR_CAPTIONS)
         if not example.answers:
             return 'no answer: expected the key "answers", such as "answers": ["red"]'
         if problem := self.check_prompt(example):

@@ -86,7 +86,8 @@ def find(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | None, li
     if changed and not config.allow_changed:
         accept = ", or set ALLOW_CHANGED = True (--allow-changed) to resume with it" * _can_be_accepted(changed)
         raise CheckpointError(
-            f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Undo the change{accept}"
+            f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Undo the change"
+            f'{accept}, or start a new run: RESUME = "off" (--resume off)'
         )
     return saved, _notes_on_changes(changed)
 

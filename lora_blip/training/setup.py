@@ -220,7 +220,11 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
     if config.val_annotations:
         fix = f"Remove them from {config.val_annotations} or from {config.annotations}"
     else:
-        fix = 'Move lines of each scene to another file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+        fix = (
+            "Keep the images of a scene together. If the names of its files or folders contain the scene, set GROUP_BY "
+            '(--group-by), such as GROUP_BY = "folder" or "(scene\\d+)". Otherwise write the validation images to another '
+            'file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+        )
         if group := grouping_of([FILE(example) for example in (*training, *validation)]):
             fix += f"; or, if each group is a video or scene, and not a class, keep it together: set GROUP_BY = {group}"
     report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)

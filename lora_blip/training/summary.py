@@ -77,7 +77,11 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
     existing = [path for path in candidates if path.is_file() and path != source and _asks(path) == (task == "vqa")]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references])
-    missing = "" if val_annotations or existing else " (write their images and texts to test.jsonl first)"
+    missing = (
+        ""
+        if val_annotations or existing
+        else f" (write their images and {'questions with answers' if task == 'vqa' else 'texts'} to test.jsonl first)"
+    )
     images = "the validation images" if val_annotations else "images that training has not used"
     return printable(f"to score it on {images}{missing}: {command}")
 

@@ -15,7 +15,7 @@ from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.progress import track
 from lora_blip.tasks.base import Task
 from lora_blip.tasks.frozen_prefix import Prefix
-from lora_blip.tasks.text_length import CutCount
+from lora_blip.tasks.text_length import TextCount
 from lora_blip.training.learner import Autocast
 
 
@@ -74,7 +74,7 @@ def validate(
     predictions = {key: value for part in reversed(ranks.all_gather(predictions)) for key, value in part.items()}
     examples = batches.dataset.examples  # type: ignore[attr-defined]
     scores = task.scores(predictions, examples, "" if best_by == "loss" else best_by) if ranks.main else {}
-    if ranks.main and (line := CutCount().add(predictions.values()).report(task, "validation texts", examples)):
+    for line in TextCount().add(predictions.values()).warnings(task, "validation texts", examples) if ranks.main else ():
         tqdm.write(f"warning: {line}")
     return {"loss": total / (count or 1.0), **ranks.broadcast(scores)}
 

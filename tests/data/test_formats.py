@@ -596,9 +596,13 @@ def test_a_file_that_is_cut_short_or_of_no_known_kind_says_so(run, tmp_path):
         (
             "instances.json",
             b'{"categories": []}',
-            r"the format of this JSON file is unknown \(it has the keys categories\); set format",
+            r"the format of this JSON file is unknown \(it has the keys categories\); give another file, or convert it",
         ),
-        ("notes.txt", b"hello there", "the format of this file is unknown; its first line is 'hello there'; set format"),
+        (
+            "notes.txt",
+            b"hello there",
+            "the format of this file is unknown; its first line is 'hello there'; give another file, or",
+        ),
         ("x.csv", b"picture,words\na.png,t", r'x\.csv:1: no column has a known name for the text(.|\n)*--text-key "words"'),
         ("list.json", b'{"images": 3}', 'expected a list "images"'),
     ):

@@ -19,7 +19,7 @@ from lora_blip.lora import adapter_file
 from lora_blip.models.language import CutText
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.text_length import MARGIN, CutCount, fit_generation, longer_texts, token_counts
+from lora_blip.tasks.text_length import MARGIN, TextCount, fit_generation, longer_texts, token_counts
 from lora_blip.tasks.vqa import VqaTask
 from lora_blip.training.loop import train
 from tests.support import tiny
@@ -146,18 +146,18 @@ def test_a_cut_text_is_a_text():
 def test_the_fix_is_a_number_that_the_model_has_room_for(make):
     """The suggested limit is twice the tokens, at most the model's room. Data of short texts gets no such suggestion."""
     task = CaptionTask(make("blip"), "", Generation(10))
-    count = CutCount().add([CutText("a"), "b", CutText("c")])
-    assert count.report(task, "texts") == (
-        "2 of 3 texts were cut after 10 tokens, before their end. Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20)"
-    )
-    assert "raise EPOCHS (--epochs)" in count.report(task, "texts", [example("a cube")])
-    assert "Set MAX_NEW_TOKENS" in count.report(task, "texts", [example("a cube " * 9)])
+    count = TextCount().add([CutText("a"), "b", CutText("c"), " "])
+    cut, empty = count.warnings(task, "texts")
+    assert cut == "2 of 4 texts were cut after 10 tokens, before their end. Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20)"
+    assert empty == "1 of 4 texts are empty"
+    assert "raise EPOCHS (--epochs)" in count.warnings(task, "texts", [example("a cube")])[0]
+    assert "Set MAX_NEW_TOKENS" in count.warnings(task, "texts", [example("a cube " * 9)])[0]
     room = task.language.room("") + 1
     task.generation = Generation(room - 1)
-    assert f"MAX_NEW_TOKENS = {room} " in count.report(task, "texts")
+    assert f"MAX_NEW_TOKENS = {room} " in count.warnings(task, "texts")[0]
     task.generation = Generation(room)
-    assert count.report(task, "texts").endswith("The model has no room for longer texts")
-    assert not CutCount().add(["a"]).report(task, "texts")
+    assert count.warnings(task, "texts")[0].endswith("The model has no room for longer texts")
+    assert TextCount().add(["a"]).warnings(task, "texts") == []
 
 
 # ---------------------------------------------------------------- reported

@@ -17,7 +17,7 @@ from lora_blip.data.prepare.published import TOKEN
 from lora_blip.data.prepare.web_addresses import refuse_addresses
 from lora_blip.data.workbook import SIGNATURES, workbook_entries
 from lora_blip.errors import DataError
-from lora_blip.runtime.system_errors import reason_and_fix
+from lora_blip.runtime.system_errors import quoted_for_shell, reason_and_fix
 from lora_blip.runtime.untrusted import open_regular, os_error_reason, parsed, shorten
 
 TABLES: dict[str, Callable[[Path, Keys], Iterator[Located]]] = {
@@ -77,7 +77,7 @@ def load(path: Path, requested: str) -> tuple[str, Any]:
         keys = (
             f"it has the keys {shorten(', '.join(list(document)[:8]))}" if isinstance(document, dict) else "it is not an object"
         )
-        raise DataError(f"{path}: the format of this JSON file is unknown ({keys}); {_format_advice()}")
+        raise DataError(f"{path}: the format of this JSON file is unknown ({keys}); {_format_advice(path)}")
     return file_format, document
 
 
@@ -100,7 +100,7 @@ def _line_format(path: Path, first: str) -> str:
         return "tsv"
     if tables.IMAGE_NAME.fullmatch(first):
         raise DataError(f"{path} is a list of images without texts; write an image, a tab and its text in each line")
-    raise DataError(f"{path}: the format of this file is unknown; its first line is {first[:60]!r}; {_format_advice()}")
+    raise DataError(f"{path}: the format of this file is unknown; its first line is {first[:60]!r}; {_format_advice(path)}")
 
 
 def _is_object(line: str) -> bool:
@@ -130,6 +130,7 @@ def _document_format(document: Any) -> str:
     return "vqa" if keys & {"questions", "annotations"} else ""
 
 
-def _format_advice() -> str:
+def _format_advice(path: Path) -> str:
     """Return the advice for a file of an unknown format."""
-    return f"set format (--format) to one of {', '.join(FORMATS)}"
+    command = f"lora-blip prepare --source {quoted_for_shell(str(path))} --format FORMAT"
+    return f"give another file, or convert it: {command}, with one of the formats {', '.join(FORMATS)}"
