@@ -123,8 +123,8 @@ for n in (8, 4, 2, 1):
 #
 # ## A comparison that measures something else
 #
-# A recipe such as α = 2r keeps s = α/r constant when r changes. Suppose that you follow such a recipe, α = 8r, because
-# the adapter of rank 16 has s = 8. What is the score of r = 1 with s = 8?
+# A recipe such as α = 2r keeps s = α/r constant when r changes. Here the adapter of rank 16 has s = 8. Keep s = 8 for rank 1
+# (α = 8). What is its score?
 
 # %%
 same_s = train(1, 8)

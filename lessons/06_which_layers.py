@@ -65,9 +65,8 @@ def rank_for_budget(model, targets):
 # %% [markdown]
 # ## Seven short runs
 #
-# Each run trains for two epochs. As in lesson 5, s falls like 1/√r, because the ranks differ. With a larger s, a smaller
-# learning rate and a larger batch, changed together, BLIP-2 depends less on the seed (`docs/tiny_bases.md`). Here only s and the
-# learning rate change: s = 57/√r (20 for r = 8; `make demo-blip2` has s = 128/8 = 16) and 1e-3. Compare only runs of the same base.
+# Each run trains for two epochs. As in lesson 5, s falls like 1/√r, because the ranks differ. BLIP-2 needs other settings:
+# here s = 57/√r and the learning rate 1e-3 (`docs/tiny_bases.md` has those of its demo). Compare only runs of the same base.
 #
 # The validation set of these runs is the test set. It chooses no adapter: each run is validated only before the first
 # step and after the last one. But the learning rates and the number of epochs were chosen in short trials on it, with

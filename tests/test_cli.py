@@ -126,6 +126,9 @@ def test_a_flag_that_is_given_as_a_command_is_named(monkeypatch, capsys):
         ("train --learning-rate 1e-3 --epoch 3", "did you mean --lr? --help lists all flags; for example: lora-blip train "
          "--lr 1e-3 --epochs 3"),
         ("train --images=a", "for example: lora-blip train --image-root a"),
+        ("train --bf16 true --resume_from_checkpoint x", "lora-blip train --precision bf16 --resume x"),
+        ("train --model_name_or_path m --train_file a.csv --val_split 0.2", "lora-blip train --model m --annotations a.csv "
+         "--val-fraction 0.2"),
         ("train --fp16 --use-dora --no-augment", "lora-blip train --precision fp16 --variant dora --no-augment"),
         ("prepare --source a.csv --image-root b", "for example: lora-blip prepare --source a.csv --images b"),
         ("evaluate --annotations a.jsonl", "for example: lora-blip evaluate --references a.jsonl"),
@@ -219,6 +222,20 @@ def test_a_path_with_unescaped_backslashes_is_explained(monkeypatch, capsys, pat
     raw = meant.replace("/", "\\")
     expected = f'ANNOTATIONS contains {escape}, which Python reads as one character; write the path with slashes, "{meant}", or'
     assert f'{expected} as a raw string, r"{raw}"' in capsys.readouterr().err
+
+
+def test_unknown_columns_give_the_lines_of_the_script(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("Datei,Text zum Bild\n1.png,eine Katze\n")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        cli.run_train({"ANNOTATIONS": "a.csv"}, "")
+    lines = 'in train.py: IMAGE_KEY = "Datei", TEXT_KEY = "Text zum Bild"'
+    assert capsys.readouterr().err.endswith(f'--image-key "Datei" --text-key "Text zum Bild"\n{lines}\n')
+    monkeypatch.setattr(sys, "argv", ["lora-blip", "train", "--annotations", "a.csv"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "train.py" not in capsys.readouterr().err
 
 
 def test_a_wrong_flag_of_a_script_names_the_script(monkeypatch, capsys):

@@ -131,6 +131,9 @@ def test_the_newest_run_of_the_wanted_task_is_named(checkpoints, here, monkeypat
     for command in (("caption", "photos/0.png"), ("infer", "--images", "photos"), ("caption", "photos/0.png", "--explain")):
         status, _, errors = run(monkeypatch, capsys, *command, "--device", "cpu")
         assert status == 2 and f". {newest}. {other}\n" in errors, command
+    Path("captions.jsonl").write_text('{"image": "photos/0.png", "text": "a cube"}\n')
+    errors = run(monkeypatch, capsys, "evaluate", "--references", "captions.jsonl", "--device", "cpu")[2]
+    assert "no question: the task is vqa" in errors and f". {newest}. {other}\n" in errors
     errors = run(monkeypatch, capsys, "infer", "--images", "photos", "--adapter", "lora_blip_output/2_vqa", "--device", "cpu")[
         2
     ]

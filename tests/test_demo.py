@@ -39,7 +39,7 @@ def test_the_next_commands_can_be_pasted(task: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "executable", str(Path("a venv/bin/python").absolute()))
     lines = demo.next_commands(task, Path("lora_blip_output/demo")).splitlines()
     assert all("'a venv/bin/python' " in line for line in lines)
-    assert "infer.py --adapter lora_blip_output/demo" in lines[0] and f"--task {task} --annotations" in lines[-1]
+    assert "infer.py --adapter lora_blip_output/demo" in lines[0] and "--model Salesforce/" in lines[-1]
     assert ("--question 'what color is it?'" in lines[0]) is (task == "vqa")
 
 

@@ -25,6 +25,11 @@ FLAGS = {
     "--batch-size 32",
 }
 KNOWN = {"caption": str(REFERENCES), "vqa": "image_test/questions.jsonl", "retrieval": "image_test/sentences.jsonl"}
+CHECKPOINTS = {
+    "caption": "Salesforce/blip-image-captioning-base",
+    "vqa": "Salesforce/blip-vqa-base",
+    "retrieval": "Salesforce/blip-itm-base-coco",
+}
 INPUTS = {"caption": [], "vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
@@ -104,7 +109,7 @@ def next_commands(task: str, folder: Path) -> str:
     commands = {
         "use this adapter": [python, "infer.py", *adapter, *INPUTS[task]],
         "score it with intervals": [python, "-m", "lora_blip", "evaluate", *adapter, "--references", KNOWN[task]],
-        "train on your own images": [python, "train.py", "--task", task, "--annotations", "YOUR.jsonl"],
+        "train on your own images": [python, "train.py", "--model", CHECKPOINTS[task], "--annotations", "YOUR.jsonl"],
     }
     if task != "caption":
         del commands["score it with intervals"]  # the demo has done this

@@ -41,7 +41,8 @@ class PathLimits:
             f"fast paths by the limits of {self.processor}, in millions of multiplications: oneDNN from "
             f"{millions(self.onednn)} (with A or B {millions(self.onednn_narrow)}), fused update from "
             f"{millions(self.fused)}; 16-bit attention, in millions of scores: PyTorch's fused kernel from "
-            f"{millions(self.fused_16bit)}, by heads from {millions(self.by_heads)}"
+            f"{millions(self.fused_16bit)}, by heads from {millions(self.by_heads)} "
+            "(docs/fast_paths.md)"
         )
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageSequence
 
 import lora_blip
 from lora_blip.data.image_folders import example_of
-from lora_blip.errors import ImageError, InputError, LoRAError, ModelError
+from lora_blip.errors import ConfigError, ImageError, InputError, LoRAError, ModelError
 from lora_blip.inference import image_inputs
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.image_inputs import open_input
@@ -621,6 +623,35 @@ def test_the_error_for_a_moved_base_names_the_adapter_and_the_argument(tmp_path)
     with pytest.raises(ModelError, match=rf"does not exist(.|\n)*The adapter {path} was trained on .*base'; .*base=PATH"):
         Captioner.from_adapter(path)
     assert Captioner.from_adapter(path, base=str(tmp_path / "moved"))("image_test/000.png").text
+
+
+def test_the_hint_about_a_moved_base_is_only_for_a_base_that_is_not_found(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    with pytest.raises(ModelError, match="device 'cuda:77' cannot be used here") as error:
+        Captioner.from_adapter("adapter1", device="cuda:77")
+    assert "was trained on" not in str(error.value)
+
+
+def test_a_base_of_another_task_names_the_setting_of_the_adapter_s_base(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    with pytest.raises(
+        ConfigError, match=r"is a BlipForQuestionAnswering, but the adapter .* is for the task caption; to use the"
+    ):
+        Captioner.from_adapter("adapter1", base="assets/tiny-blip-vqa")
+
+
+def test_a_captioner_that_is_sent_to_another_process_is_an_error_with_the_fix(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    captioner = Captioner.from_adapter("adapter1")
+    for send in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(ModelError, match="cannot be sent to another process or copied; open it in each process"):
+            send(captioner)
+
+
+def test_a_model_of_peft_as_base_gives_the_call_that_merges_it():
+    model = get_peft_model(load_backbone("assets/tiny-blip", "cpu").model, LoraConfig(target_modules=["qkv"]))
+    with pytest.raises(InputError, match=r"base is of type PeftModel; give base=model\.merge_and_unload\(\)$"):
+        Captioner.from_adapter(None, base=model)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource
+from lora_blip.errors import DataError
 from lora_blip.inference.questions import read_references
 
 
@@ -18,6 +20,27 @@ def test_references_are_read_by_the_names_of_the_columns(tmp_path: Path):
         keys = keys_of(kind(image_key="Datei", text_key="Beschreibung", **more))
         (lines,) = read_references(str(tmp_path / "x.csv"), "", ImageSource(tmp_path), keys).values()
         assert [(line.name, line.text) for line in lines] == [("1.png", "ein Hund")]
+
+
+@pytest.mark.parametrize(("name", "image"), [("1.png", "photos/1.png"), ("a/1.png", "photos/a/1.png")])
+def test_references_that_fit_no_image_give_the_setting_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, image):
+    """IMAGE_ROOT if IMAGES has files with the paths of the references; --images if the file's own images exist."""
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(image), Path("copies", name)):  # two files fit, so lora_blip chooses none
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(path)
+    Path("x.csv").write_text(f"image,text\n{name},a dog\n")
+    with pytest.raises(DataError, match=r'; set IMAGE_ROOT = "photos" \(--image-root photos\)$'):
+        read_references("x.csv", "", ImageSource("photos"))
+    assert read_references("x.csv", "photos", ImageSource("photos"))
+    Path("others").mkdir()
+    Image.new("RGB", (2, 2)).save("others/2.png")
+    Path("others/x.csv").write_text("image,text\n2.png,a dog\n")
+    with pytest.raises(DataError, match=r"; to use the images of the file: --images others$"):
+        read_references("others/x.csv", "", ImageSource("photos"))
+    Path("y.csv").write_text("image,text\n3.png,a dog\n")
+    with pytest.raises(DataError, match=r"; set IMAGE_ROOT \(--image-root\) to the folder that its paths are relative to$"):
+        read_references("y.csv", "", ImageSource("photos"))
 
 
 def test_lines_whose_images_are_not_predicted_are_counted(tmp_path: Path, capsys):
