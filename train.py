@@ -65,7 +65,7 @@ GENERATION = {}  # more options, stored in the adapter: {"repetition_penalty": 1
 
 # More: speed and memory
 FAST = True  # faster attention, faster adapter updates and packed texts; False: the plain computation, for comparison
-COMPILE = False  # torch.compile the ViT's blocks: a slower start, and faster steps on some machines
+COMPILE = False  # torch.compile the training step (retrieval: the ViT): a slower start, and faster steps of small models
 CACHE_GB = 10.0  # GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache
 BASE_DTYPE = "auto"  # frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": 16 bits if the precision is fp16 or bf16
 CHECKPOINTING = False  # recompute activations in the backward pass, which needs less memory and is a third slower

@@ -119,7 +119,9 @@ class TrainConfig:
         True, "faster attention, faster adapter updates and packed texts; False: the plain computation, for comparison",
         group="More: speed and memory",
     )  # fmt: skip
-    compile: bool = setting(False, "torch.compile the ViT's blocks: a slower start, and faster steps on some machines")
+    compile: bool = setting(
+        False, "torch.compile the training step (retrieval: the ViT): a slower start, and faster steps of small models"
+    )
     cache_gb: float = setting(
         10.0, "GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache"
     )

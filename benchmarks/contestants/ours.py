@@ -25,7 +25,6 @@ from lora_blip.data.example import Example
 from lora_blip.data.loader import DeviceBatch, HostBatch, Slot
 from lora_blip.lora import adapter_file, injection, merging, targets
 from lora_blip.models import weights
-from lora_blip.models.compilation import compile_blocks
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.models.precision import autocasting
 from lora_blip.tasks.caption import CaptionTask
@@ -54,7 +53,7 @@ class Training:
             self.compile()
 
     def compile(self, **options: Any) -> None:
-        compile_blocks(self.model, **options)
+        self.task.compile_loss(**options)
 
     def forward(self) -> Tensor:
         with self.autocast():

@@ -27,7 +27,6 @@ from lora_blip.kernels import paths
 from lora_blip.kernels import switch as attention
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models import weights
-from lora_blip.models.compilation import compile_blocks
 from lora_blip.models.loading import open_backbone
 from lora_blip.models.precision import autocasting
 from lora_blip.tasks.base import Task
@@ -59,7 +58,8 @@ WAYS = (
     Way("attention, MLPs and products", attention=True),
     Way("texts of a picture packed", packed=True),
     Way("frozen weights cast once", cast=True, precisions=("bf16",)),
-    Way("the ViT's blocks compiled", compiled=True),
+    Way("the loss compiled", compiled=True),
+    Way("the loss with fast attention compiled", attention=True, packed=True, compiled=True),
     Way("all of them", update=True, attention=True, packed=True, cast=True),
 )
 
@@ -74,10 +74,10 @@ def losses(how: Way, precision: str) -> list[float]:
     paths.use(replace(paths.row(), fused=paths.NEVER if how.short else 0))
     if how.cast:
         weights.cast_once(backbone, precision)
-    if how.compiled:
-        compile_blocks(backbone.model)
     backbone.model.train()
     task = CaptionTask(backbone)
+    if how.compiled:
+        task.compile_loss()
     learner = Learner(task, RATE, precision=precision, autocast=autocasting(backbone.device, precision))
     batch = task.batch(stack(task))
     return [_loss_of_a_step(learner, batch) for _ in range(STEPS)]

@@ -1,7 +1,7 @@
 """Make batches of tensors. Their order depends only on the seed and the epoch."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple
@@ -122,9 +122,14 @@ class DeviceBatch(Generic[Rows]):
 
     def encode_images(self, encoder: Any) -> Tensor:
         """Return the features of each image by a `tasks.base.ImageEncoder`, from cached states if there are any."""
+        encode, images = self.encoding(encoder)
+        return encode(images)
+
+    def encoding(self, encoder: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Return the function that computes the features, and its input: pixel values, or states after the frozen part."""
         if self.cached_states and self.prefix:
-            return self.prefix.encode_images(self.pixel_values, self.cached_states)
-        return encoder.encode_images(self.pixel_values)
+            return self.prefix.continue_from, self.prefix.states_of(self.pixel_values, self.cached_states)
+        return encoder.encode_images, self.pixel_values
 
     def per_example(self, values: Tensor) -> Tensor:
         """Return values of images (images, …) as values of examples (examples, …)."""

@@ -144,7 +144,8 @@ class T5Language(EncoderLanguage[TextRows], Blip2Language):
 
     def label_states(self, features: Tensor, rows: TextRows, image: Tensor | None) -> Tensor:
         model = self.model.language_model
-        decoder, named = model.get_decoder(), Named()
+        decoder = model.get_decoder()
+        named: Named = {}  # not Named(), which torch.compile cannot trace
         if isinstance(rows, PackedRows):
             prompts, ids = rows.encoder, rows.ids
             assert prompts is not None  # as in all packed rows of an encoder-decoder

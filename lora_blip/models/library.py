@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from lora_blip.errors import ModelError
@@ -22,6 +23,8 @@ def call(module: Any, **named: Any) -> Any:
     Without this check, the `**kwargs` of transformers accept a name that it has changed, and ignore the value.
     """
     kind = type(module)
+    if torch.compiler.is_compiling():  # checked before: the first batch runs uncompiled
+        return module(**named)
     if missing := named.keys() - arguments_of(kind.forward) - UNCHECKED:
         raise ModelError(
             f"{kind.__name__} of {version_of(kind)} has no argument {min(missing)!r}; install a version that lora_blip is "

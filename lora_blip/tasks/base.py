@@ -175,6 +175,10 @@ class TrainingTask(BaseTask, Generic[Rows]):
         features: those of the batch's images (images, states, width), if they are computed already.
         """
 
+    def compile_loss(self, **options: Any) -> bool:  # noqa: ARG002
+        """Compile the loss with its backward pass. Return False if this task cannot. options: of `torch.compile`."""
+        return False
+
     def repeatable_loss(self, batch: DeviceBatch[Rows]) -> Tensor:
         """Return `loss` without random draws and without choices that depend on rounding, to compare two computations."""
         return self.loss(batch)

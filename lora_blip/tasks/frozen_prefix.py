@@ -55,20 +55,20 @@ class Prefix:
         dtype: torch.dtype = self.vit.embeddings.patch_embedding.weight.dtype
         return dtype
 
-    def encode_images(self, pixel_values: Tensor, cached: CachedStates) -> Tensor:
-        """Return the features of each image. `pixel_values` has the images that have no states in `cached`."""
+    def states_of(self, pixel_values: Tensor, cached: CachedStates) -> Tensor:
+        """Return the input of `continue_from`. `pixel_values` has the images that have no states in `cached`."""
         known = cached.states.to(self.dtype)
         if not len(pixel_values):
-            return self.continue_from(known)
+            return known
         computed, kept = self.compute_states(pixel_values)
         if self.store and any(cached.keys):
             self.writer.write(self.store, cached.keys, kept)
         if not cached.indices:
-            return self.continue_from(computed)
+            return computed
         count = len(known) + len(computed)
         places = [*cached.indices, *sorted(set(range(count)).difference(cached.indices))]
         order = torch.tensor(sorted(range(count), key=places.__getitem__))
-        return self.continue_from(torch.cat([known, computed])[order.to(known.device, non_blocking=True)])
+        return torch.cat([known, computed])[order.to(known.device, non_blocking=True)]
 
     @torch.no_grad()
     def compute_states(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class Prefix:
 
     def _states(self, pixel_values: Tensor) -> Tensor:
         x = self.vit.embeddings(pixel_values)
-        for block in self.vit.encoder.layers[: self.first]:  # `compile_blocks` does not compile these
+        for block in self.vit.encoder.layers[: self.first]:  # these are never compiled
             x = block(x)
         if self.first == len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)

@@ -19,12 +19,13 @@ from lora_blip.kernels.head_loss import head_loss, is_plain_head
 from lora_blip.kernels.plain import is_plain
 from lora_blip.models.blip import BlipLanguage, BlipVqaLanguage
 from lora_blip.models.blip2 import OptLanguage, T5Language
+from lora_blip.models.compilation import Loss, compile_loss, mark_sizes, uses_compiled_loss
 from lora_blip.models.generation import check_for_model
 from lora_blip.models.language import Language
 from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import TextRows
 from lora_blip.models.text_check import ONLY_UNKNOWN, TextChecker
-from lora_blip.models.token_rows import IGNORE, plain_ids, token_names
+from lora_blip.models.token_rows import IGNORE, plain_ids, take_rows, token_names
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
 
@@ -37,6 +38,8 @@ HEADING = (
 
 class TextTask(Task[TextRows]):
     """A task that generates a text after a prompt. The prompt is never in the loss."""
+
+    compiled_loss: Loss | None = None  # of `compile_loss`
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
@@ -85,12 +88,36 @@ class TextTask(Task[TextRows]):
 
     def loss(self, batch: DeviceBatch[TextRows], features: Tensor | None = None) -> Tensor:
         """Return Σ weight × cross-entropy over the label tokens."""
-        features = batch.encode_images(self.encoder) if features is None else features
-        labels, head = batch.rows.labels, self.language.head
+        if features is not None:
+            return self.loss_from_features(features, batch.rows, batch.image_index)
+        encode, images = batch.encoding(self.encoder)
+        if self.compiled_loss is None or not uses_compiled_loss(self.backbone.model):
+            return self.loss_from_features(encode(images), batch.rows, batch.image_index)
+        mark_sizes(images, images=True)
+        mark_sizes(batch.rows)
+        mark_sizes(batch.image_index)
+        return self.compiled_loss(encode, images, batch.rows, batch.image_index)
+
+    def compile_loss(self, **options: Any) -> bool:
+        """Compile the loss with its backward pass, from the images on, and return True. options: of `torch.compile`."""
+
+        def loss(encode: Any, images: Tensor, rows: TextRows, image: Tensor | None) -> Tensor:
+            return self.loss_from_features(encode(images), rows, image)
+
+        self.compiled_loss = compile_loss(self.backbone.model, loss, **options)
+        return True
+
+    def loss_from_features(self, features: Tensor, rows: TextRows, image: Tensor | None) -> Tensor:
+        """Return the loss, given the features of each image (images, states, width).
+
+        image: (examples,) the image of each example; None: example i has image i.
+        """
+        labels, head = rows.labels, self.language.head
         if labels is None or is_plain():
-            rows = batch.rows.padded()
-            return token_loss(self.language.logits(batch.per_example(features), rows), rows.targets, rows.weights)
-        states = self.language.label_states(features, batch.rows, batch.image_index)
+            padded = rows.padded()
+            logits = self.language.logits(take_rows(features, image), padded)
+            return token_loss(logits, padded.targets, padded.weights)
+        states = self.language.label_states(features, rows, image)
         if not is_plain_head(head):
             return token_loss(head(states)[:, None], labels.targets[:, None], labels.weights)
         return head_loss(states, head, labels.targets, labels.weights)

@@ -37,6 +37,10 @@ def refuse_contradictions(config: TrainConfig) -> None:
     """Raise ConfigError if settings contradict each other, or if torch.compile has no compiler."""
     if config.compile and not ("CXX" in os.environ or any(map(which, COMPILERS))):
         raise ConfigError("compile = True needs a C++ compiler, but none is installed: apt install g++, or set COMPILE = False")
+    if config.compile and config.checkpointing:  # torch.compile cannot trace `routing.checkpoint_context`
+        raise ConfigError(
+            "compile = True cannot be used with checkpointing = True: set COMPILE = False, or CHECKPOINTING = False"
+        )
     refuse_quantized(config, config.base_dtype)
     needs_validation = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
     if not (config.val_fraction or config.val_annotations):

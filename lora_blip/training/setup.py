@@ -170,12 +170,20 @@ def run_checks(ranks: Ranks, prepared: PreparedRun) -> None:
     unstored = replace(first, cached_states=None)  # the cache must not keep states of a fast path that is not yet verified
     print(independent.together(lambda: preflight_report(config, task, unstored, autocast)), "\n", sep="")
     if config.compile:
-        frozen, blocks = first_adapted_block(model)[0], len(model.vision_model.encoder.layers)
-        compile_blocks(model, frozen)
-        print(f"torch.compile will compile {blocks - frozen} of the {blocks} ViT blocks in the first step\n")
+        print(f"torch.compile will compile {compile_step(task, config.shard)} in the first step\n")
     options = {name: getattr(config, name) for name in ("compile", "base_dtype", "checkpointing", "shard")}
     validates = prepared.held_out is not None
     verification.before_training(task, first, prepared.precision, autocast, options, ranks, validates)
+
+
+def compile_step(task: Task, shards: bool) -> str:
+    """Compile the loss of a task, or the blocks of the ViT if the loss cannot be one graph. Return what is compiled."""
+    if not shards and task.compile_loss():  # sharded weights are gathered between the layers, outside a graph
+        return "the whole loss and its backward pass"
+    model = task.backbone.model
+    frozen, blocks = first_adapted_block(model)[0], len(model.vision_model.encoder.layers)
+    compile_blocks(model, frozen)
+    return f"{blocks - frozen} of the {blocks} ViT blocks"
 
 
 def preflight_report(config: TrainConfig, task: Task, first: DeviceBatch, autocast: Autocast) -> str:

@@ -26,6 +26,7 @@ from lora_blip.lora import attached, injection, targets
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.routing import use_adapters
 from lora_blip.models import matching, weights
+from lora_blip.models.compilation import compile_blocks
 from lora_blip.models.loading import load_backbone, open_backbone
 from lora_blip.models.precision import autocasting
 from lora_blip.models.token_rows import IGNORE
@@ -277,8 +278,9 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
     first = first_adapted_block(model)[0]
     if case.compile:
         torch._dynamo.reset()
-        for block in model.vision_model.encoder.layers[first:]:
-            block.compile(backend="aot_eager")  # the graphs of compile_blocks, without g++
+        backend = {"backend": "aot_eager"}  # the graphs of a training, without g++
+        if not task.compile_loss(**backend):
+            compile_blocks(model, first, **backend)
     learner = Learner(task, precision=precision, autocast=autocasting(backbone.device, precision), ranks=ranks)
     learner.scaler = LossScaler(precision == "fp16", SCALE)
     record, every = Record(), host_batches(case)

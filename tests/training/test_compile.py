@@ -1,18 +1,31 @@
-"""Test torch.compile of the ViT's blocks: no graph breaks, and the same training as without it."""
+"""Test torch.compile of a training step: no graph breaks, and the same training as without it."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from shutil import which
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from lora_blip.errors import ConfigError
+from lora_blip.data.example import Example
+from lora_blip.data.loader import DeviceBatch, HostBatch
+from lora_blip.errors import ConfigError, LoRAError
 from lora_blip.kernels import paths
-from lora_blip.models.compilation import compile_blocks
+from lora_blip.lora.sites import is_compiled
+from lora_blip.models.compilation import compile_blocks, uncompiled
+from lora_blip.tasks import verification
+from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training import early_checks
 from lora_blip.training.loop import train
+from lora_blip.training.setup import compile_step
 from tests.support import tiny
-from tests.support.runs import metrics_of, settings
+from tests.support.kill import run_processes
+from tests.support.models import inject
+from tests.support.runs import assert_same, before_each_step, config_of, elsewhere, metrics_of, only_run, settings
 
 COMPILER = pytest.mark.skipif(not which("g++"), reason="torch.compile needs a compiler")
 STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # BOUND: largest relative difference of the losses
@@ -22,9 +35,9 @@ STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # BOUND: largest relative diffe
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "batch_size", "blocks", "graphs", "backend"),
-    [("fp32", 3, "vit[1:2]", 1, "inductor"), ("bf16", 4, "vit", 4, "aot_eager")],
+    [("fp32", 3, "vit[1:2]", 1, "inductor"), ("bf16", 4, "vit", 2, "aot_eager")],
 )
-def test_compiled_blocks_train_as_uncompiled_ones(
+def test_a_compiled_step_trains_as_an_uncompiled_one(
     checkpoints, tmp_path, monkeypatch, precision, batch_size, blocks, graphs, backend
 ):
     """The losses of twenty steps are equal, and so are the losses of the validations, which are not compiled.
@@ -32,8 +45,7 @@ def test_compiled_blocks_train_as_uncompiled_ones(
     The backend aot_eager captures the same graphs, forward and backward, but executes PyTorch's own kernels. g++ would need
     seconds for each graph.
 
-    There are two graphs, because only the input of the first block has no gradient. Nine images in batches of four leave a
-    batch of one, which adds two graphs.
+    There is one graph. In the second case, nine images in batches of four leave a batch of one, which adds a graph.
     """
     source = tiny.write_photos(tmp_path)
     losses = {}
@@ -76,3 +88,119 @@ def test_blocks_before_the_first_adapter_are_left_as_they_are(make):
     model = make("blip").model
     compile_blocks(model, first=1)
     assert [block._compiled_call_impl is not None for block in model.vision_model.encoder.layers] == [False, True]
+
+
+WORDS = "a red cube on top of the blue cube".split()
+# the texts of each image, as numbers of words; the last batch has one image
+SIZES = ([3, 5], [8]), ([4], [6, 2], [7]), ([2, 8, 3, 4], [9, 5, 6]), ([5, 1], [3]), ([4, 6],)
+
+
+def batches(task: Any) -> Iterator[DeviceBatch]:
+    """Yield batches with other numbers of images, texts and tokens each. In VQA, the texts are answers to a question."""
+    for seed, images in enumerate(SIZES):
+        lines = [(number, " ".join(WORDS[:words])) for number, texts in enumerate(images) for words in texts]
+        examples = [
+            Example(Path(f"{number}.png"), text, f"{number}.png", line, question="what is it", answers=(text,))
+            if task.takes_question
+            else Example(Path(f"{number}.png"), text, f"{number}.png", line)
+            for line, (number, text) in enumerate(lines, 1)
+        ]
+        pixels = torch.randn(len(images), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
+        yield task.batch(HostBatch(examples, pixels, [number for number, _ in lines]))
+
+
+def loss_and_gradients(task: Any, batch: DeviceBatch) -> tuple[Tensor, list[Tensor]]:
+    trained = [p for p in task.backbone.model.parameters() if p.requires_grad]
+    loss = task.loss(batch) / batch.count
+    return loss.detach(), list(torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True))
+
+
+def compiled_task(make: Any, kind: str) -> Any:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    backbone = make(kind)
+    task = TASKS[default_task(backbone.architecture)](backbone)
+    inject(backbone)
+    task.backbone.model.train()
+    assert task.compile_loss(backend="aot_eager")
+    return task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["blip", "vqa", "opt", "t5"])
+def test_few_graphs_serve_batches_of_all_sizes(make, kind):
+    """Losses and gradients are those of the eager step. Sizes of 1, and rows without packing, have graphs of their own."""
+    task = compiled_task(make, kind)
+    for batch in batches(task):
+        loss, gradients = loss_and_gradients(task, batch)
+        with uncompiled(task.backbone.model):
+            expected, truths = loss_and_gradients(task, batch)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        for gradient, truth in zip(gradients, truths, strict=True):
+            torch.testing.assert_close(gradient, truth, rtol=1e-3, atol=1e-5)
+    counted = torch._dynamo.utils.counters
+    assert 0 < counted["stats"]["unique_graphs"] <= (2 if kind == "blip" else 6) and not counted["graph_break"]
+
+
+def test_a_compiled_loss_refuses_adapters_and_can_be_switched_off(make):
+    """`inject` into the model is refused. After the fallback of the verification, no step runs compiled code."""
+    task = compiled_task(make, "blip")
+    model = task.backbone.model
+    assert is_compiled(model)
+    with pytest.raises(LoRAError, match=r"torch\.compile"):
+        inject(task.backbone, "text", name="second")
+    with uncompiled(model):
+        loss_and_gradients(task, next(batches(task)))
+    verification.disable(task)
+    assert not is_compiled(model)
+    loss_and_gradients(task, next(batches(task)))
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+def test_compilation_with_checkpointing_is_refused_before_the_model_is_loaded(checkpoints, tmp_path):
+    with pytest.raises(ConfigError, match="cannot be used with checkpointing = True: set COMPILE = False, or CHECKPOINTING = "):
+        train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), compile=True, checkpointing=True))
+
+
+def test_retrieval_and_sharded_weights_compile_the_blocks_of_the_vit(make):
+    """Retrieval has several losses. Sharded weights are gathered between the layers, outside a graph."""
+    for kind, shards in (("blip", True), ("itm", False)):
+        backbone = make(kind)
+        inject(backbone)
+        blocks = backbone.model.vision_model.encoder.layers
+        task = TASKS[default_task(backbone.architecture)](backbone)
+        assert compile_step(task, shards) == f"{len(blocks)} of the {len(blocks)} ViT blocks"
+        assert all(block._compiled_call_impl is not None for block in blocks) and is_compiled(backbone.model)
+
+
+@COMPILER
+@pytest.mark.slow
+def test_a_resumed_compiled_run_has_the_bits_of_an_uninterrupted_one(checkpoints, tmp_path):
+    """The new process compiles at another batch. Its graphs have no fixed numbers of rows and tokens, so they round equally."""
+    config = replace(config_of(checkpoints, tmp_path, dropout=0.0, epochs=2), compile=True)
+    torch._dynamo.reset()
+    uninterrupted = train(config)
+
+    def interrupt(step: int, _learner: object) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        before_each_step(patch, interrupt)
+        train(elsewhere(config))
+    torch._dynamo.reset()
+    assert_same(uninterrupted, train(elsewhere(config)))
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_compiled_step_as_an_uncompiled_one(checkpoints, tmp_path, monkeypatch):
+    """DistributedDataParallel does not divide the graph. The losses are those of two uncompiled processes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    source, losses = tiny.write_photos(tmp_path), []
+    for compiled in (False, True):
+        run = settings(checkpoints["blip"], source, compile=compiled, targets="vit,text", max_steps=6, epochs=6, lr=1e-3)
+        run = replace(run, output_dir=str(tmp_path / str(compiled)))
+        assert run_processes(2, partial(train, run)) == [0, 0]
+        losses.append([line["loss"] for line in metrics_of(only_run(run) / "metrics.jsonl") if "loss" in line])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-5)
