@@ -122,7 +122,7 @@ def saved_bytes(linear, x, autocast):
 k, d, r, images, rows = 128, 512, 8, 8, 37
 backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), device="cpu")
 lora_blip.inject(backbone, "vit", r=r, alpha=32.0)
-always_fused()  # by default, a small linear on a CPU does not use the fused update
+always_fused()  # by default, small linears do not use the fused update on most CPUs
 fused = backbone.model.vision_model.encoder.layers[0].mlp.fc1  # with `fused_hook`
 plain = nn.Linear(k, d).requires_grad_(False)
 plain.lora = AdapterStack({"default": LoRA(Site("fc1", r=r, alpha=32.0), k, d)})

@@ -24,8 +24,8 @@
 # $$r = \frac{\text{budget}}{\sum_{\text{linears}} (d + k)}$$
 #
 # with the sum over its linears, rounded. Few linears get a high rank, and many linears a low one. The budget is 49,152
-# parameters. For "q and v", q and v each have an A and a B, and d is the number of their rows, 128. In the text model, they
-# include the q and v of cross-attention. "All" means all linears in the layers of a part. The head that predicts the words has no
+# parameters. For "q and v", q and v have separate adapters, each with d = 128. In the text model, q and v of the self-attention
+# and of the cross-attention are adapted. "All" means all linears in the layers of a part. The head that predicts the words has no
 # adapter.
 
 # %%

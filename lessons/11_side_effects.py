@@ -136,8 +136,8 @@ for run in RUNS:
 #   With η = 0.003 it loses nearly all of them: it calls nearly every shape a *cube*.
 # - The other words remain right. Given the correct nouns, more than 80 % of the captions of flat shapes have all other words right.
 #   So the model still sees the colours and the positions.
-# - Full fine-tuning forgets too. So compare only steps that have learned the cubes: in each run, those with at least 85 % of the
-#   cubes right. Take the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test
+# - Full fine-tuning forgets too. In each run, take the measured steps with at least 85 % of the cubes right. Of these, choose
+#   the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test
 #   images choose this step, for both methods in the same way.) But the success is not equal: we measure only five steps, and the
 #   scores on the cubes can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
 #   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Do not generalize

@@ -6,8 +6,8 @@
 #
 # **Time:** less than a minute on two cores, longer if they are busy.
 #
-# **Read:** `lora_blip/lora/layer.py`, and `lora_blip/lora/variants.py`, which has rsLoRA and DoRA. The variants of this lesson are
-# subclasses of `LoRA` too.
+# **Read:** `lora_blip/lora/layer.py`, and `lora_blip/lora/variants.py`, which has rsLoRA and DoRA. The RsLoRA, DoRA and PiSSA
+# of this lesson are subclasses of `LoRA` too. LoRA+ is the setting `LR_RATIO`.
 #
 # LoRA (arXiv:2106.09685) computes
 #
@@ -110,7 +110,7 @@ def dora_hook(linear, args, _kwargs, output):
 # $$W_{\text{res}} = W_0 - B A,$$
 # $$s = 1.$$
 #
-# (`peft` keeps s = α/r, and divides S_r by s in A and B. This is the same if α = r.)
+# (`peft` keeps s = α/r, and uses S_r / s instead of S_r. This is the same if α = r.)
 
 
 # %%

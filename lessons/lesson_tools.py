@@ -47,7 +47,7 @@ paths.use(paths.nearest(paths.read(paths.TABLE), paths.processor()))  # limits o
 
 
 def always_fused() -> None:
-    """Use the fused update for linears of each size. By default, small linears use the plain one, which is faster there."""
+    """Use the fused update for linears of each size. By default, small linears use a shorter one, which is faster there."""
     paths.use(replace(paths.row(), fused=0))
 
 

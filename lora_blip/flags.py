@@ -4,18 +4,21 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from lora_blip.errors import ConfigError
+from lora_blip.runtime.command_line import start_of_command
 from lora_blip.runtime.settings import settings_of
-from lora_blip.runtime.similar_names import OTHER_NAMES, nearest
+from lora_blip.runtime.similar_names import OTHER_NAMES, corrected, flag_meant, nearest
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import parsed, pasteable
 
 Settings = TypeVar("Settings")
+MOST_WORDS = 40  # of a command that a message corrects
 WORD = re.compile(r"[A-Za-z][\w-]*")
 ESCAPES = re.compile(r"[\a\b\t\n\v\f\r]")  # characters that an unescaped backslash in a path makes
 LETTERS = str.maketrans({"\a": "/a", "\b": "/b", "\t": "/t", "\n": "/n", "\v": "/v", "\f": "/f", "\r": "/r", "\\": "/"})
@@ -53,7 +56,17 @@ def parse(
         from_flags, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
         if unknown:
             given = sys.argv[1:] if arguments is None else arguments
-            _refuse_flags(unknown, given, known, program or example, example)
+
+            def correct(names: list[str]) -> str:
+                words = corrected(given, unknown, names) if len(given) <= MOST_WORDS else []
+                try:
+                    flags = _parser(known, values, doc, program).parse_intermixed_args(words) if words else None
+                    kind(**(_resolve_paths(script, kind, dict(values)) | vars(flags)))
+                except (ConfigError, TypeError):
+                    return ""
+                return command_line([*start_of_command(program or example), *words])
+
+            _refuse_flags(unknown, known, correct)
     except ConfigError as error:
         end = "" if "for example: " in str(error) else _example(str(error), known, example)
         raise ConfigError(f"{error}{end}") from None
@@ -242,10 +255,11 @@ def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
             )
 
 
-def _refuse_flags(unknown: list[str], given: list[str], known: list[Field[Any]], start: str, example: str) -> NoReturn:
-    """Raise ConfigError for words that are not flags. The message suggests the right flag and the whole command with it.
+def _refuse_flags(unknown: list[str], known: list[Field[Any]], correct: Callable[[list[str]], str]) -> NoReturn:
+    """Raise ConfigError for words that are not flags. The message suggests the right flag and a command with it.
 
-    unknown: the words that argparse does not know, flags and values. given: all words of the user, after `start`.
+    unknown: the words that argparse does not know. correct: takes the names of the flags, and returns the user's command with
+    the right flags, or "" if that is not valid.
     """
     arguments = [entry for entry in known if "metavar" in entry.metadata]
     wrong = next((word for word in unknown if word.startswith("-")), "")
@@ -258,34 +272,13 @@ def _refuse_flags(unknown: list[str], given: list[str], known: list[Field[Any]],
         raise ConfigError(f"{flag!r} is not a flag, and does not follow a flag; {fix}")
     name = wrong.partition("=")[0]
     for entry in arguments:
-        if _plain(name) in (entry.name, entry.name.removesuffix("s")):
+        if name.lstrip("-").replace("-", "_").lower() in (entry.name, entry.name.removesuffix("s")):
             raise ConfigError(f"{name} is not a flag; write {entry.metadata['metavar']} without a flag")
     names = [*(entry.name for entry in known if entry not in arguments), "help"]
-    near = nearest(_plain(name), names).partition("=")[0]
-    corrected = command_line([*start.split(), *_corrected(given, unknown, names)]) if near else example
-    fix = f"; did you mean {_flag(near)}?" if near else " of this command."
-    raise ConfigError(f"{name} is not a flag{fix} --help lists all flags; for example: {corrected}")
-
-
-def _corrected(given: list[str], unknown: list[str], names: list[str]) -> list[str]:
-    """Return the words of a command, with the right flag for each unknown one. Remove an unknown flag without a similar one."""
-    words, result = list(given), list[str]()
-    while words:
-        word = words.pop(0)
-        flag, equals, value = word.partition("=")
-        if word not in unknown or not word.startswith("-"):
-            result.append(word)
-            continue
-        near, has_value, template = nearest(_plain(flag), names).partition("=")
-        is_truth = words and has_value and words[0].lower() in ("true", "1")  # --bf16 true
-        if words and not equals and not words[0].startswith("-") and ("{}" in template or not near or is_truth):
-            value = words.pop(0)
-        result += [_flag(near), *filter(None, [template.format(value) if has_value else value])] if near else []
-    return result
-
-
-def _plain(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_").lower()
+    near, _ = flag_meant(wrong, names)
+    command = correct(names) if near else ""
+    fix = f"; did you mean {near}?" if near else " of this command."
+    raise ConfigError(f"{name} is not a flag{fix} --help lists all flags" + f"; for example: {command}" * bool(command))
 
 
 def _bool(text: str) -> bool:

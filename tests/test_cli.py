@@ -1,8 +1,10 @@
 """The program `lora-blip`, which is also `python -m lora_blip`: its help, its mistakes, and what it imports."""
 
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from PIL import Image
 
 from lora_blip import cli
 from lora_blip.cli import COMMANDS, main
+from lora_blip.flags import parse
+from lora_blip.runtime.similar_names import FLAGS, OTHER_NAMES
 from lora_blip.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,9 +134,20 @@ def test_a_flag_that_is_given_as_a_command_is_named(monkeypatch, capsys):
         ("train --model_name_or_path m --train_file a.csv --val_split 0.2", "lora-blip train --model m --annotations a.csv "
          "--val-fraction 0.2"),
         ("train --fp16 --use-dora --no-augment", "lora-blip train --precision fp16 --variant dora --no-augment"),
-        ("prepare --source a.csv --image-root b", "for example: lora-blip prepare --source a.csv --images b"),
+        ("prepare --source a.csv --image-root tests", "for example: lora-blip prepare --source a.csv --images tests"),
+        ("infer --temperature 0.7 --top_p 0.9 --generation num_beams=3", "lora-blip infer --generation "
+         "temperature=0.7,top_p=0.9,num_beams=3"),
+        ("train --no-gradient-checkpointing", "did you mean --no-checkpointing? --help lists all flags; for example: lora-blip "
+         "train --no-checkpointing"),
+        ("train --no-augmen --epochs 3", "lora-blip train --no-augment --epochs 3"),
+        ("train --load_in_8bit false --lr 1e-3", "for example: lora-blip train --lr 1e-3"),
+        ("infer --scal -0.5", "for example: lora-blip infer --scale -0.5"),
+        ("train --bf16=false", "for example: lora-blip train --precision auto"),
+        ("train --epoch 2 --foo a b", "for example: lora-blip train --epochs 30"),
+        ("train --gpu", "for example: lora-blip train --device cuda"),
+        ("train --save_steps 500", "is not a flag of this command. --help lists all flags; for example: lora-blip train"),
         ("evaluate --annotations a.jsonl", "for example: lora-blip evaluate --references a.jsonl"),
-        ("infer --temperature 0.7 --images a", "lora-blip infer --generation temperature=0.7 --images a"),
+        ("infer --temperature 0.7 --images a", "lora-blip infer --images a --generation temperature=0.7"),
         ("evaluate --references a --skip", "lora-blip evaluate --references a --on-bad-data skip"),
         ("infer --on-bad-data skip", "is not a flag of this command. --help lists all flags; for example: lora-blip infer "
          "--images photos"),
@@ -150,6 +165,25 @@ def test_a_flag_that_is_given_as_a_command_is_named(monkeypatch, capsys):
 )  # fmt: skip
 def test_a_wrong_flag_ends_with_a_command_to_paste(monkeypatch, capsys, arguments, end):
     assert refused(monkeypatch, capsys, *arguments.split(" ")).endswith(f"{end}\n")
+
+
+@pytest.mark.parametrize("command", ["train", "infer", "evaluate"])
+@pytest.mark.parametrize("flag", sorted({*OTHER_NAMES, *FLAGS, *(f"no_{name}" for name in FLAGS)}))
+def test_the_command_for_each_flag_of_another_library_is_valid(monkeypatch, capsys, command, flag):
+    """With a value, with "false" and without a value. `evaluate` needs references."""
+    for values in (["3"], ["false"], []):
+        message = refused(monkeypatch, capsys, command, "--references", "a.jsonl", f"--{flag}", *values)
+        if flag in OTHER_NAMES | FLAGS and command in message.rpartition("for example: ")[2]:
+            words = shlex.split(message.rpartition("for example: ")[2])[2:]
+            parse(COMMANDS[command].settings(), {}, words)
+
+
+def test_a_long_command_is_not_corrected(monkeypatch, capsys):
+    names = [f"{number}.jpg" for number in range(20_000)]  # from a glob of the shell
+    started = time.monotonic()
+    message = refused(monkeypatch, capsys, "infer", "--images", *names, "--batch", "4")
+    assert message.endswith("for example: lora-blip infer --images photos --batch-size 16\n") and len(message) < 200
+    assert time.monotonic() - started < 5
 
 
 def test_a_missing_source_or_folder_of_prepare_names_the_similar_one(monkeypatch, capsys, tmp_path):
@@ -230,8 +264,12 @@ def test_unknown_columns_give_the_lines_of_the_script(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit):
         cli.run_train({"ANNOTATIONS": "a.csv"}, "")
-    lines = 'in train.py: IMAGE_KEY = "Datei", TEXT_KEY = "Text zum Bild"'
-    assert capsys.readouterr().err.endswith(f'--image-key "Datei" --text-key "Text zum Bild"\n{lines}\n')
+    lines = 'in train.py:\nIMAGE_KEY = "Datei"\nTEXT_KEY = "Text zum Bild"\n'
+    assert capsys.readouterr().err.endswith(f'--image-key "Datei" --text-key "Text zum Bild"\n{lines}')
+    Path("b.jsonl").write_text('{"Bild": "1.png", "Wörter im \\"Bild\\"": "eine Katze"}\n')
+    with pytest.raises(SystemExit):
+        cli.run_train({"ANNOTATIONS": "b.jsonl", "MODEL": str(ROOT / "assets/tiny-blip"), "DEVICE": "cpu"}, "")
+    assert capsys.readouterr().err.endswith('\nin train.py:\nIMAGE_KEY = "Bild"\nTEXT_KEY = "Wörter im \\"Bild\\""\n')
     monkeypatch.setattr(sys, "argv", ["lora-blip", "train", "--annotations", "a.csv"])
     with pytest.raises(SystemExit):
         main()

@@ -116,7 +116,7 @@ An arrow means "imports". Arrows that follow from others are left out. Training 
 
 ## The files on the way of one caption
 
-These files run between a line of the annotation file and the gradient of `lora_A`, in the order of their first call:
+These files run between a line of the annotation file and the gradient of A, in the order of their first call:
 {len(paths[False])} with `FAST = False`, and {len(paths[True])} by default.
 
 | `FAST = False` | by default |

@@ -15,6 +15,7 @@ INTEGER = re.compile(r"-?[0-9]+")
 UNKNOWN = re.compile(
     r"""name the (?:columns|right one):(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+))+)|no column has the name|it has no '"""
 )
+SPECIAL = re.compile(r"[\"$`\\!%]")  # characters that a shell interprets between double quotes
 FEW_COLUMNS = 12  # largest number of columns that a message lists
 COMMON = {"image": IMAGE_KEYS, "text": TEXT_KEYS, "question": ("question",), "answers": ANSWER_KEYS}
 ALIKE = 0.6  # difflib's ratio of two names that are suggested for each other
@@ -40,7 +41,7 @@ def meant(ours: str, name: str, header: Sequence[str]) -> str:
     inside = [cell for cell in plain if wanted and (wanted in cell or (len(cell) > 2 and cell in wanted))]
     common = [cell for cell in COMMON[ours] if cell in plain]
     near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE) or common), "")
-    return f"\ndid you mean {_flag(ours, plain[near])}?" if near else ""
+    return f"\ndid you mean {flag_of(ours, plain[near])}?" if near else ""
 
 
 @contextmanager
@@ -124,7 +125,7 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
         text = best("text", others, 1)
         objects = any(_is_json(row[column].strip()) for row in below for column in others)
         pairs.append(("text", -1 if objects and not share(text)[1] else text))
-    return " ".join(_flag(ours, header[column] if column >= 0 else "COLUMN") for ours, column in pairs if ours not in keys)
+    return " ".join(flag_of(ours, header[column] if column >= 0 else "COLUMN") for ours, column in pairs if ours not in keys)
 
 
 def _is_json(cell: str) -> bool:
@@ -137,8 +138,11 @@ def _asks(column: int, below: Sequence[Sequence[str]]) -> bool:
     return 2 * sum(row[column].strip().endswith("?") for row in below) > len(below)
 
 
-def _flag(ours: str, name: str) -> str:
-    return f'{key_flag(ours)} "{name.strip()}"'
+def flag_of(ours: str, name: str) -> str:
+    """Return a flag with the name of a column in double quotes, or quoted for the shell if it contains special characters."""
+    name = name.strip()
+    value = quoted_for_shell(name) if SPECIAL.search(name) else f'"{name}"'
+    return f"{key_flag(ours)} {value}"
 
 
 def key_flag(ours: str) -> str:

@@ -22,7 +22,7 @@ ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]") 
 # five times as fast as STRICT, but does not detect repeated keys
 QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)
 
-CP1252 = "Windows-1252, because it is not UTF-8; if letters such as é are wrong, save it as UTF-8"  # end of a message
+CP1252 = "Windows-1252, and not UTF-8; if letters such as é are wrong, save the text as UTF-8"  # end of a message
 HEAD = 2**20  # bytes at the start of a file that are searched for an image inside JSON
 INLINE_IMAGE, ADDRESS = b"data:image/", b"http"
 OUR_KEYS = {"image", "text", "question", "answers", "question_id", "prompt", "group", "split"}

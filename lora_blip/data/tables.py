@@ -20,7 +20,7 @@ ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
-DELIMITER_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # the first line of some CSV files, for Excel
+DELIMITER_LINE = re.compile(r'"?sep=(.)"?\1*\s*', re.IGNORECASE)  # the first line of some CSV files, for Excel
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
 
 Row = tuple[int, list[str] | str]  # the number of the row's first line, and its cells or the reason why it is invalid

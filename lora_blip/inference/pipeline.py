@@ -104,7 +104,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         scheduler.run(examples, Predictor(texts), partial(write_results, out, base, display, cut["texts"]))
     if ranks.main:
         print(display.speed_line(), end="")
-        for name, count_of_cut in ((OF_BASE, cut["base"]), ("texts", cut["texts"])):
+        for name, count_of_cut in ((OF_BASE, cut["base"]), ("texts" if adapter else OF_BASE, cut["texts"])):
             for line in count_of_cut.warnings(task, name, [*chain.from_iterable(inputs.references.values())]):
                 print(f"warning: {line}")
         out.finish()

@@ -209,10 +209,9 @@ def _fix_of_paths(examples: list[Example], images: Iterable[Example]) -> str:
     for image in images:
         path = image.image.absolute()
         count = next((count for count in range(1, len(path.parts)) if path.parts[-count:] in parts), 0)
-        if count:
-            root = relative_if_below(path.parents[count - 1])
+        if count and (root := str(path.parents[count - 1])) and Path(root).is_dir():  # not a shard
             return f"set IMAGE_ROOT = {json.dumps(root)} (--image-root {quoted_for_shell(root)})"
-    return "set IMAGE_ROOT (--image-root) to the folder that its paths are relative to"
+    return "set IMAGES (--images) to the images of the file, or IMAGE_ROOT (--image-root) to the folder that its paths start in"
 
 
 def of_setting(images: Iterable[Example]) -> str:

@@ -1,7 +1,9 @@
 """The command that started this process, as a line to paste."""
 
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import open_regular, printable
 
-KEY_FLAGS = re.compile(r'--(image|text|question|answer)-key ("[^"]*")')
+KEY_FLAGS = re.compile(r"""--(image|text|question|answer)-key ("[^"]*"|'(?:[^']|'"'"')*'|[^\s'"]+)""")
 SCRIPTS = ("train.py", "infer.py")
 LONGEST_SCRIPT = 2**20  # bytes of a file that are searched
 
@@ -25,12 +27,15 @@ def program() -> list[str]:
 
 
 def key_settings(message: str) -> str:
-    """Return the lines of a script for the flags of columns in a message, such as IMAGE_KEY = "Datei"; "" for a command."""
-    if program()[:1] != ["python"] or Path(sys.argv[0]).name not in SCRIPTS:
+    """Return the lines of a script for the flags of columns in a message, such as IMAGE_KEY = "Datei"; "" for a command.
+
+    Return "" if the flags are those of `lora-blip prepare`.
+    """
+    if Path(sys.argv[0]).name not in SCRIPTS or "lora-blip prepare" in message:
         return ""
-    pairs = dict(KEY_FLAGS.findall(message))
-    lines = ", ".join(f"{name.upper()}_KEY = {value}" for name, value in pairs.items())
-    return f"\nin {Path(sys.argv[0]).name}: {lines}" if lines else ""
+    values = {name: shlex.split(value)[0] for name, value in KEY_FLAGS.findall(message)}
+    lines = [f"{name.upper()}_KEY = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+    return "\n".join([f"\nin {Path(sys.argv[0]).name}:", *lines]) if lines else ""
 
 
 def is_our_script(path: str) -> bool:
@@ -40,6 +45,12 @@ def is_our_script(path: str) -> bool:
             return b"lora_blip" in file.read(LONGEST_SCRIPT)
     except OSError:
         return False
+
+
+def start_of_command(usual: str) -> list[str]:
+    """Return the words before the flags of this process. usual: such as "lora-blip train" or "python train.py"."""
+    words, own = usual.split(), program()
+    return own + words[1:] * (words[0] == "lora-blip") if own else words
 
 
 def lora_blip_program() -> list[str]:

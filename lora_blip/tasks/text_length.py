@@ -137,7 +137,9 @@ class TextCount:
         if not isinstance(task, TextTask):
             return []
         cut = [self._describe_cut(task, what, examples)] if self.cut else []
-        return cut + [f"{self.empty:,} of {self.total:,} {what} are empty"] * bool(self.empty)
+        return cut + [
+            f"{self.empty:,} of {self.total:,} {what} are empty; a longer training may help (EPOCHS, MAX_STEPS)"
+        ] * bool(self.empty)
 
     def _describe_cut(self, task: TextTask, what: str, examples: Iterable[Example]) -> str:
         most = task.generation.max_new_tokens
@@ -146,7 +148,7 @@ class TextCount:
             cause = (
                 "the base does not end its texts"
                 if what == OF_BASE
-                else "if this is still so at the end, train longer: raise EPOCHS (--epochs), or MAX_STEPS if it is set"
+                else "the model does not end its texts yet; if this is so after the training, train longer (EPOCHS, MAX_STEPS)"
             )
             fix = f"All reference texts fit this limit, so a larger one does not help: {cause}"
         elif longer > most:

@@ -230,7 +230,7 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
     else:
         fix = (
             "Keep the images of a scene together. If the names of its files or folders contain the scene, set GROUP_BY "
-            '(--group-by), such as GROUP_BY = "folder" or "(scene\\d+)". Otherwise write the validation images to another '
+            '(--group-by), such as GROUP_BY = "folder" or r"(scene\\d+)". Otherwise write the validation images to another '
             'file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
         )
         if group := grouping_of([FILE(example) for example in (*training, *validation)]):

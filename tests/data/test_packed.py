@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -209,9 +210,29 @@ def test_unknown_columns_of_paths_give_both_flags(run, pa, tmp_path):
         run(path, image_key="Date")
 
 
+def test_a_table_without_rows_or_with_an_ambiguous_name_lists_its_columns(run, pa, tmp_path):
+    empty = pa.table({"Bild": pa.array([], pa.string()), "Wort": pa.array([], pa.string())})
+    pa.parquet.write_table(empty, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: no column has a known name .* Bild, Wort; name it: --image-key COLUMN$"):
+        run(tmp_path / "x.parquet")
+    (tmp_path / "1.png").write_bytes(png(1))
+    path = table(tmp_path / "y.parquet", pa, [{"image": "1.png", "Caption": "a", "CAPTION": "b"}])
+    with pytest.raises(DataError, match="the columns are 'Caption, CAPTION'; name it: --text-key"):
+        run(path)
+
+
+@pytest.mark.parametrize("name", ["$(touch x)", 'a"b', "it's `x`"])
+def test_the_flag_of_a_column_is_safe_to_paste(run, pa, tmp_path, name):
+    (tmp_path / "1.png").write_bytes(png(1))
+    path = table(tmp_path / "x.parquet", pa, [{name: "1.png", "Wort": "a"}])
+    with pytest.raises(DataError) as error:
+        run(path)
+    assert shlex.split(str(error.value).rpartition("name the columns: ")[2]) == ["--image-key", name, "--text-key", "Wort"]
+
+
 def test_of_two_columns_of_images_the_user_chooses(run, pa, tmp_path):
     path = table(tmp_path / "x.parquet", pa, [{"before": embedded(1), "after": embedded(2), "caption": "c"}])
-    with pytest.raises(DataError, match=r"before, after contain bytes; name that of the image: --image-key before$"):
+    with pytest.raises(DataError, match=r"before, after contain bytes; name that of the image: --image-key \"before\"$"):
         run(path)
     assert pairs(run(path, image_key="after")["train"]) == [(2, "c")]
 

@@ -122,7 +122,7 @@ def test_a_named_text_column_replaces_a_common_name(folder):
     assert read(folder / "x.jsonl", '{"image": "1.png", "text": "a", "long": "b"}\n', Keys(text="long")) == [("1.png", "b")]
 
 
-@pytest.mark.parametrize("first", ["sep=;\n", "SEP=;\r\n", '"sep=;"\n'])
+@pytest.mark.parametrize("first", ["sep=;\n", "SEP=;\r\n", '"sep=;"\n', "sep=;;\n"])
 def test_the_line_that_names_the_delimiter_for_excel_is_not_a_header(folder, first, capsys):
     """A text with more commas than semicolons does not change the delimiter, and line numbers count this line."""
     assert read(folder / "x.csv", f"{first}image;caption\n1.png;a, b, c\n") == [("1.png", "a, b, c")]

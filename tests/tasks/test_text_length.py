@@ -149,8 +149,8 @@ def test_the_fix_is_a_number_that_the_model_has_room_for(make):
     count = TextCount().add([CutText("a"), "b", CutText("c"), " "])
     cut, empty = count.warnings(task, "texts")
     assert cut == "2 of 4 texts were cut after 10 tokens, before their end. Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20)"
-    assert empty == "1 of 4 texts are empty"
-    assert "raise EPOCHS (--epochs)" in count.warnings(task, "texts", [example("a cube")])[0]
+    assert empty == "1 of 4 texts are empty; a longer training may help (EPOCHS, MAX_STEPS)"
+    assert "train longer (EPOCHS, MAX_STEPS)" in count.warnings(task, "texts", [example("a cube")])[0]
     assert "Set MAX_NEW_TOKENS" in count.warnings(task, "texts", [example("a cube " * 9)])[0]
     room = task.language.room("") + 1
     task.generation = Generation(room - 1)
@@ -188,7 +188,7 @@ def test_infer_reports_the_texts_that_were_cut(config, make, capfd, ranks):
     else:
         assert run_processes(ranks, lambda: infer(config)) == [0] * ranks
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "were cut" in line]
-    assert line.startswith(f"warning: {cut} of 7 texts were cut after 4 tokens") and "--max-new-tokens 8" in line
+    assert line.startswith(f"warning: {cut} of 7 texts of the base were cut after 4 tokens") and "--max-new-tokens 8" in line
 
 
 def test_evaluate_warns_of_texts_that_were_cut(config, capsys, monkeypatch):

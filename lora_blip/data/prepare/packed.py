@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -97,13 +98,14 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
     make_folder(target)
     command = [sys.executable, "-P", str(READER), str(target.absolute()), str(path), keys.image]
     python_path = os.pathsep.join(filter(None, [str(PACKAGE_PATH), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": python_path, "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=os.environ | {"PYTHONPATH": python_path},
+            env=environment,
         )
         try:
             for line in child.stdout or ():
@@ -151,7 +153,8 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
     if isinstance(entry, str):
         yield at, entry
         return
-    for key in [key for key in entry if (plain := plain_name(key)) != key and plain in KNOWN_COLUMNS and plain not in entry]:
+    plain = Counter(map(plain_name, entry))
+    for key in [key for key in entry if plain[plain_name(key)] == 1 and plain_name(key) in KNOWN_COLUMNS]:
         entry[plain_name(key)] = entry.pop(key)
     if needs_conversion(entry):
         yield from converted(at, entry)

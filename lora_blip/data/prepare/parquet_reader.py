@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.columns import flags, meant
+from lora_blip.data.columns import flag_of, flags, meant
 from lora_blip.data.entries import IMAGE_KEYS, plain_name
 from lora_blip.runtime.counts import counted
 
@@ -63,8 +63,9 @@ def unknown_column(named: str, schema: Any, batches: Any) -> str:
     problem = f"no column has the name {named!r}" if named else "no column has a known name for the image"
     fix = meant("image", named, schema.names).strip() if named else ""
     if not fix and len(images) == 1:
-        fix = f"name the column: --image-key {json.dumps(images[0])}"
-    if not fix and (rows := next(iter(batches(columns))).to_pylist()):
+        fix = f"name the column: {flag_of('image', images[0])}"
+    rows: list[dict[str, Any]] = [] if fix else next((batch.to_pylist() for batch in batches(columns)), [])
+    if rows:
         below = [[str(row[name]) for name in columns] for row in rows]
         fix = f"name the columns: {flags(columns, [plain_name(name) for name in columns], below)}"
     listed = ", ".join(schema.names[:SHOWN]) + ", …" * (len(schema.names) > SHOWN)
@@ -74,9 +75,8 @@ def unknown_column(named: str, schema: Any, batches: Any) -> str:
 def only_one(columns: list[str]) -> str:
     """Return the only column, or "" if there is none. Raise ValueError if there are several, because any may be the image."""
     if len(columns) > 1:
-        raise ValueError(
-            f"{COLUMNS} the columns {', '.join(columns[:20])} contain bytes; name that of the image: --image-key {columns[0]}"
-        )
+        names = ", ".join(columns[:SHOWN])
+        raise ValueError(f"{COLUMNS} the columns {names} contain bytes; name that of the image: {flag_of('image', columns[0])}")
     return next(iter(columns), "")
 
 
@@ -215,4 +215,5 @@ if __name__ == "__main__":
     except MemoryError:
         sys.exit("it needs more memory than a valid file of its size")
     except Exception as error:
-        sys.exit((str(error).splitlines() or [type(error).__name__])[0][:LONGEST_MESSAGE])
+        lines = str(error).splitlines() or [type(error).__name__]
+        sys.exit((" ".join(lines) if lines[0].startswith(COLUMNS) else lines[0])[:LONGEST_MESSAGE])
