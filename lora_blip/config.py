@@ -72,7 +72,7 @@ class TrainConfig:
     )
     val_annotations: str = setting("", "annotations of the validation images; empty: VAL_FRACTION of the images", path="always")
     group_by: str = setting(
-        "", 'keep the images of a group together: "folder", a column such as "video", or a regex such as "(video\\d+)"'
+        "", 'keep the images of a group together: "folder", a column such as "video", or a regex such as "(video[0-9]+)"'
     )
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")

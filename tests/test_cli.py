@@ -227,8 +227,11 @@ def test_a_path_without_its_flag_is_explained(monkeypatch, capsys, tmp_path):
             {"PRECISION": "float16"},
             'in train.py, for example: PRECISION = "auto"',
         ),
-        ({"EPOCHS": "60"}, "expected int; in train.py, for example: EPOCHS = 30"),
-        ({"AUGMENT": "yes"}, "in train.py, for example: AUGMENT = True"),
+        ({"EPOCHS": "60"}, "epochs = '60' is a text; write it without quotes: EPOCHS = 60"),
+        ({"LR": "1e-4"}, "lr = '1e-4' is a text; write it without quotes: LR = 0.0001"),
+        ({"AUGMENT": "no"}, "augment = 'no' is a text; write it without quotes: AUGMENT = False"),
+        ({"EPOCHS": "many"}, "epochs = 'many': expected int; in train.py, for example: EPOCHS = 30"),
+        ({"AUGMENT": 2}, "in train.py, for example: AUGMENT = True"),
     ],
 )
 def test_a_wrong_value_in_a_script_shows_the_line_to_write(monkeypatch, capsys, values, fix):

@@ -122,7 +122,7 @@ def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], u
         raise DataError(f"{problems[0]} ({message})")
     if problems and on_bad_data == "stop":
         rename = "" if valid_lines else rename_command(source, (problem.reason for problem in problems))
-        raise DataError(f"{listing(problems)}\n{rename or SKIP}")
+        raise DataError(f"{problems[0]}\n{rename}" if rename else f"{listing(problems)}\n{SKIP}")
     if not valid_lines:
         raise DataError(f"{source}: no usable line\n{listing(problems or unused) or ANNOTATIONS}")
 

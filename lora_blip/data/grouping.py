@@ -38,10 +38,12 @@ class Groups:
         self.column = "" if self.pattern or self.group_by == FOLDER else self.group_by
         self.folders: dict[str, str] = {}  # folder → its real path: two lines may spell it differently
         self.links: list[tuple[Any, Hashable]] = []
+        self.example = ""  # the first path, for the message
         self.columns: dict[str, None] = {}  # the columns of the first entry, for the message
 
     def add(self, image: Hashable, name: str, path: str | Path, entry: dict[str, Any] | None = None) -> None:
         """Store the group of an image, if it has one. name: its path as written. entry: its line, for a column."""
+        self.example = self.example or name
         if self.pattern:
             match = self._search(self.pattern, name.replace("\\", "/"))
             group: Hashable = next(filter(None, match[1:]), match[0]) if match else None
@@ -86,7 +88,8 @@ class Groups:
         if not self.group_by or self.links:
             return
         if self.pattern:
-            raise DataError(f"group_by = {self.group_by!r}: the regex matches no image path; change it (--group-by)")
+            example = f"such as {quoted(self.example)}"
+            raise DataError(f"group_by = {self.group_by!r}: the regex matches no image path, {example}; change it (--group-by)")
         columns = ", ".join(quoted(column) for column in list(self.columns)[:SHOWN])
         raise DataError(
             f"group_by = {self.group_by!r}: no line has a value in this column; the columns of the first line are {columns}; "

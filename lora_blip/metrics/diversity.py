@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from lora_blip.metrics.exact import normal
 from lora_blip.metrics.tokens import plain
 
-COLLAPSED = 0.5  # warn if one caption is a larger share of the predictions
+COLLAPSED = 0.5  # warn if one text is a larger share of the predictions
+MORE_OFTEN = 1.5  # do not warn if a reference occurs so often that the prediction does not exceed it by this factor
 FEWEST = 8  # do not warn if there are fewer predictions: half of them may be equal by chance
 
 
@@ -26,7 +27,9 @@ def diversity(predictions: list[str], references: list[list[str]] | None = None)
     """Return the diversity. Compare captions as in exact match. Split them into words with `tokens.plain`.
 
     Warn of mode collapse if there are at least FEWEST predictions, more than the share COLLAPSED of them are equal, and no
-    reference has such a share. Raise ValueError if there is no prediction, or if the lengths differ.
+    reference is nearly as frequent: yes is the right answer of many questions.
+
+    Raise ValueError if there is no prediction, or if the lengths differ.
     """
     if not predictions:
         raise ValueError("diversity needs at least one prediction")
@@ -47,10 +50,9 @@ def collapse(caption: str, times: int, predictions: int, references: list[list[s
         return ""
     fact = f"{times} of {predictions} predictions ({times / predictions:.0%}) are {caption!r}"
     if references is None:
-        return f"{fact}: the model may have collapsed onto one caption"
+        return f"{fact}: the model may have collapsed onto one text"
     counts = Counter(form for captions in references for form in {normal(text) for text in captions})
-    images = max(counts.values(), default=0)
-    limit = f"{images} image{'s' * (images != 1)}"
-    if images > COLLAPSED * predictions:
-        return ""  # the references have such a share too
-    return f"{fact}, but no reference belongs to more than {limit}: the model has collapsed onto one caption"
+    most = max(counts.values(), default=0)
+    if times <= MORE_OFTEN * most or most > COLLAPSED * predictions:
+        return ""
+    return f"{fact}, but no reference text occurs for more than {most} of them: the model may have collapsed onto one text"

@@ -126,7 +126,8 @@ def _cached(repository: str, name: str, reason: str) -> str:
         return folder
     raise ModelError(
         f"{reason}, there is no folder {name!r}, and the cache has no complete copy of this model ({root}). "
-        f"Download it on a machine with a network: hf download {repository}"
+        f"Download it on a machine with a network: hf download {repository} --local-dir base. Then copy the folder here, and "
+        'give its path: MODEL = "base" (--model base)'
     ) from None
 
 

@@ -81,6 +81,10 @@ def check(config: Any) -> None:
         elif get_origin(entry.type) is dict:
             object.__setattr__(config, entry.name, options_of(value, entry.name))
         elif type(value) is not entry.type:
+            if isinstance(value, str) and (written := _without_quotes(value, entry.type)):
+                raise ConfigError(
+                    f"{entry.name} = {value!r} is a text; write it without quotes: {entry.name.upper()} = {written}"
+                )
             raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
         if isinstance(value, str):
             if entry.metadata.get("path") and value.startswith(("~", "$")):
@@ -91,6 +95,17 @@ def check(config: Any) -> None:
             require(math.isfinite(value), entry.name, value, "a finite number")
             largest = LARGEST.get(entry.name, LARGEST_INT)
             require(value <= largest, entry.name, value, f"at most {largest:,}")
+
+
+def _without_quotes(text: str, kind: Any) -> str:
+    """Return a text as the number or truth value that it means, in Python's spelling, or "" if it means none."""
+    if kind is bool:
+        truth = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
+        return truth.get(text.strip().lower(), "")
+    try:
+        return str(kind(text)) if kind in (int, float) else ""
+    except ValueError:
+        return ""
 
 
 def stored_settings(config: Any) -> dict[str, Any]:

@@ -227,14 +227,16 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
     """Print the validation images that have an equal or similar image in the training data, and how to fix the split."""
     if config.val_annotations:
         fix = f"Remove them from {config.val_annotations} or from {config.annotations}"
+        if Path(config.val_annotations).resolve() == Path(config.annotations).resolve():
+            fix = 'Both files are the same: set VAL_ANNOTATIONS = "" (--val-annotations "") to hold out images at random'
     else:
+        group = grouping_of([FILE(example) for example in (*training, *validation)])
+        name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'
         fix = (
-            "Keep the images of a scene together. If the names of its files or folders contain the scene, set GROUP_BY "
-            '(--group-by), such as GROUP_BY = "folder" or r"(scene\\d+)". Otherwise write the validation images to another '
-            'file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+            f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}. "
+            "Otherwise write the validation images to another file, and set "
+            'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
         )
-        if group := grouping_of([FILE(example) for example in (*training, *validation)]):
-            fix += f"; or, if each group is a video or scene, and not a class, keep it together: set GROUP_BY = {group}"
     report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)
 
 

@@ -122,6 +122,18 @@ def test_a_named_text_column_replaces_a_common_name(folder):
     assert read(folder / "x.jsonl", '{"image": "1.png", "text": "a", "long": "b"}\n', Keys(text="long")) == [("1.png", "b")]
 
 
+def test_lines_of_an_image_a_comma_and_a_text_are_read_from_a_text_file(folder):
+    assert read(folder / "x.txt", "1.png, a cat\n2.png, a dog\n") == [("1.png", "a cat"), ("2.png", "a dog")]
+    with pytest.raises(DataError, match="is a list of images without texts"):
+        read(folder / "x.txt", "1.png\n2.png\n")
+
+
+def test_a_json_list_that_is_called_jsonl_is_one_error_with_the_command_that_renames_it(folder):
+    with pytest.raises(DataError) as error:
+        read(folder / "x.jsonl", "[\n" + '{"image": "1.png", "text": "a"},\n' * 30 + "]\n")
+    assert len(str(error.value).splitlines()) == 2 and f"mv {folder / 'x.jsonl'} {folder / 'x.json'}" in str(error.value)
+
+
 @pytest.mark.parametrize("first", ["sep=;\n", "SEP=;\r\n", '"sep=;"\n', "sep=;;\n"])
 def test_the_line_that_names_the_delimiter_for_excel_is_not_a_header(folder, first, capsys):
     """A text with more commas than semicolons does not change the delimiter, and line numbers count this line."""

@@ -87,21 +87,24 @@ def test_mode_collapse_needs_eight_predictions_and_more_than_half_equal():
         assert bool(measured.warning) == warned, (same, others)
         assert (measured.times, measured.distinct) == (same, 1 + others)
     assert diversity(["a cube"] * 8).warning == (
-        "8 of 8 predictions (100%) are 'a cube': the model may have collapsed onto one caption"
+        "8 of 8 predictions (100%) are 'a cube': the model may have collapsed onto one text"
     )
 
 
 def test_no_collapse_if_the_references_repeat_the_caption_as_often():
-    """More than half of the images have the caption as a reference. Two equal references of one image count once."""
+    """More than half of the images have one reference. Two equal references of one image count once."""
     repeated = ["a cube"] * 8
     for images, warned in ((4, True), (5, False)):
         references = [["A ball.", "a ball"]] * images + [[f"thing {n}"] for n in range(8 - images)]
         assert bool(diversity(repeated, references).warning) == warned
     many = [["a ball", "A ball."]] * 3 + [[f"thing {n}"] for n in range(5)]
     assert diversity(repeated, many).warning.endswith(
-        "but no reference belongs to more than 3 images: the model has collapsed onto one caption"
+        "but no reference text occurs for more than 3 of them: the model may have collapsed onto one text"
     )
-    assert "more than 0 images" in diversity(repeated, [[]] * 8).warning
+    assert "more than 0 of them" in diversity(repeated, [[]] * 8).warning
+    answers = [["yes"]] * 18 + [["no"]] * 13 + [[f"color {n}"] for n in range(8)]
+    assert diversity(["yes"] * 21 + ["no"] * 18, answers).warning == ""  # 54 % are yes, and yes is right for 46 %
+    assert diversity(["yes"] * 28 + ["no"] * 11, answers).warning
     with pytest.raises(ValueError, match="8 predictions for 7"):
         diversity(repeated, [["a"]] * 7)
 

@@ -61,7 +61,7 @@ class PrepareConfig:
     answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     splits: str = setting(DEFAULT_SPLITS, "fractions of the images for train, val and test; 1: only train")
     group_by: str = setting(
-        "", 'keep the images of a group together: "folder", a column such as "video", or a regex such as "(video\\d+)"'
+        "", 'keep the images of a group together: "folder", a column such as "video", or a regex such as "(video[0-9]+)"'
     )
     own_splits: bool = setting(True, "use the splits of the data set, if it has any; false: draw random splits")
     seed: int = setting(0, "seed of the random splits")

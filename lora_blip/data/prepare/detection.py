@@ -98,6 +98,8 @@ def _line_format(path: Path, first: str) -> str:
         return "flickr8k" if (path.name, first.lower()) == ("captions.txt", "image,caption") else "csv"
     if "\t" in first:
         return "tsv"
+    if any(tables.IMAGE_NAME.fullmatch(first.partition(delimiter)[0].strip()) and delimiter in first for delimiter in ",;|"):
+        return "csv"
     if tables.IMAGE_NAME.fullmatch(first):
         raise DataError(f"{path} is a list of images without texts; write an image, a tab and its text in each line")
     raise DataError(f"{path}: the format of this file is unknown; its first line is {first[:60]!r}; {_format_advice(path)}")

@@ -269,7 +269,8 @@ def _invalid(entry: Any, **types: Any) -> str:
         return f"expected an object {{…}}, got {_short(entry)}"
     for key, expected_type in types.items():
         if key not in entry:
-            return f'the key "{key}" is missing'
+            boxes = "; boxes have no captions: give a file of captions, such as captions_train2017.json"
+            return f'the key "{key}" is missing{boxes * (key == "caption" and "bbox" in entry)}'
         if not isinstance(entry[key], expected_type):
             expected = "a text" if expected_type is TEXT else getattr(expected_type, "__name__", expected_type)
             return f'"{key}" is {"null" if entry[key] is None else _short(entry[key])}, expected {expected}'
