@@ -86,8 +86,9 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
-# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. `fused_hook` computes the linear and its update as one
-# autograd function, with the backward pass above. `inject` adds `fused_hook`.
+# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. With `fused_hook`, a pre-hook hides the linear
+# from autograd. Then the hook adds the update by one autograd function, whose backward pass is the one above, for both. `inject` adds
+# these hooks. (For small linears on most CPUs, they use a shorter update.)
 #
 # $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
 # $n k$ numbers. The hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for

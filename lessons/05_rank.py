@@ -75,8 +75,8 @@ print(f"r = 1 trains {parameters[1]:,} of {full:,} parameters of these linears: 
 # ## The singular values of ΔW
 #
 # ΔW = U S Vᵀ, with the singular values σ₁ ≥ σ₂ ≥ … ≥ σ_r on the diagonal of S. A and B give them without computing ΔW
-# (see `delta_svd`). Keep only the first n singular values and their vectors: this matrix ΔWₙ is the best
-# approximation of rank n, and its error is
+# (see `delta_svd`). If we keep only the first n singular values and their vectors, we get a matrix ΔWₙ. It is
+# the best approximation of rank n, and its error is
 #
 # $$\|\Delta W - \Delta W_n\|_F^2 = \sum_{i > n} \sigma_i^2 .$$
 #
@@ -185,7 +185,7 @@ assert cut_scores[1] < scores[1] - 0.03 and cut_scores[4] > scores[16] - 0.1
 #
 # 1. Train r = 1 with s = 8 on the ViT for nine epochs instead of three. A right answer shows whether the low score
 #    above comes from the rank or from the length of the training.
-# 2. Put an adapter of rank 1 on the third and last layer of the text model only: `targets="text[2:3]"`, three epochs. A right answer
+# 2. Put an adapter of rank 1 on the third layer of the text model, its last one: `targets="text[2:3]"`, three epochs. A right answer
 #    shows the number of parameters and the exact match of the smallest adapter of this lesson. Use s = 32 and the
 #    learning rate of the lesson.
 #

@@ -199,7 +199,7 @@ assert 1 < increase[text] == min(increase.values()) < 1.5
 #
 # ## What to remember
 #
-# - With nearly the same number of parameters, the place of an adapter decides how fast it learns the cubes.
+# - With nearly the same number of parameters, an adapter learns the cubes faster in some places than in others.
 # - Here, only the noun must change. The text model has read the word *cube* in texts without images, but never in the caption of an
 #   image (`assets/tiny-blip/README.md`), and it learns this fastest. For another task, compare the places with your own data.
 # - Low-rank adapters on all linears learned faster here than high-rank adapters on q and v.

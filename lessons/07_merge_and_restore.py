@@ -190,9 +190,9 @@ show(figure, "rounding")
 #
 # ## What to remember
 #
-# - A merge is one rounding of W₀ + ΔW. In float32 it changes nothing that matters. In 16 bits, a large part of a small
+# - A merge rounds W₀ + ΔW to the dtype of the weight. In float32 it changes nothing that matters. In 16 bits, a large part of a small
 #   update is lost.
-# - Subtracting ΔW does not give back every bit of W₀. It takes more information, such as a copy of the adapted weights.
+# - Subtracting ΔW does not give back every bit of W₀. To restore them, you need more information, such as a copy of the adapted weights.
 # - Start every merge from W₀, with the sum of all updates.
 #
 # ## Sources

@@ -32,7 +32,7 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 # %% [markdown]
 # ## Small gradients become zero
 #
-# The loss L is a mean over the label tokens, so each activation gets a small gradient. The better the model and the larger the
+# The loss L is a mean over the label tokens (those whose label is not -100), so each activation gets a small gradient. The better the model and the larger the
 # batch, the smaller it is. Under autocast, the gradients of the outputs of linears are fp16, and the backward pass computes the
 # gradients of the earlier layers from them. What is zero there is lost for the earlier layers too.
 #

@@ -123,7 +123,7 @@ show(figure, "words")
 # $$\text{output} = a V,$$
 # $$\sum_j a_{tj} = 1.$$
 #
-# With `output_attentions=True`, transformers returns a for each layer. We compute it by hand from the outputs of the linears `query` and
+# With `output_attentions=True`, transformers returns a for each layer. We compute it by hand for the second layer, from the outputs of the linears `query` and
 # `key`, and compare.
 
 

@@ -45,7 +45,7 @@ rng = random.Random(f"lesson 11, seed {SEED}")
 scenes = [flat_scene(rng) for _ in range(TESTS)]
 flat = encode([render_flat(scene, rng)[0] for scene in scenes], [scene.caption("shape") for scene in scenes])
 test, train_set = encode(*lesson_tools.test_cubes(TESTS)), encode(*lesson_tools.cubes())
-NOUNS = torch.tensor(base.tokenizer.convert_tokens_to_ids(["circle", "square", "triangle"]))
+NOUNS = torch.tensor(base.tokenizer.convert_tokens_to_ids(["circle", "square", "triangle", "shape"]))
 
 
 # %% [markdown]
@@ -55,7 +55,8 @@ NOUNS = torch.tensor(base.tokenizer.convert_tokens_to_ids(["circle", "square", "
 # caption, the most probable next token is the correct one. One forward pass with the correct caption shows this, without
 # generation. A cell below compares this score with that of generated captions.
 #
-# The second score ignores the nouns *circle*, *square* and *triangle*: at their places, every token counts as right.
+# The second score ignores the nouns *circle*, *square*, *triangle* and *shape* (of "no shape is present in the image"): at their
+# places, every token counts as right.
 # The model still reads the correct nouns before each next word. So this second score is not that of a generated caption.
 
 
@@ -128,7 +129,8 @@ for run in RUNS:
         record(f"{run[0]}, η = {run[1]:g}: {name}", value)
 
 # %% [markdown]
-# These statements hold for the seeds 0, 1 and 2 (`lessons/spread.md` has all numbers). The next cell asserts them, without the sizes that depend on the run. (The picture at the end shows the scores after 0, 20, 30,
+# These statements hold for the seeds 0, 1 and 2 (`lessons/spread.md` has all numbers). The next cell
+# asserts them. It does not assert exact scores, because these depend on the run. (The picture at the end shows the scores after 0, 20, 30,
 # 40, 60 and 80 steps. A run starts at the upper left, and 30 is written beside its point of step 30.)
 #
 # - With η = 0.001 and 0.003, LoRA writes more than 85 % of the captions of cubes correctly. But it loses more than half of the
@@ -138,8 +140,8 @@ for run in RUNS:
 #   So the model still sees the colours and the positions.
 # - Full fine-tuning forgets too. In each run, take the measured steps with at least 85 % of the cubes right. Of these, choose
 #   the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test
-#   images choose this step, for both methods in the same way.) But the success is not equal: we measure only five steps, and the
-#   scores on the cubes can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
+#   images choose this step, for both methods in the same way.) But these steps are not equally good on the cubes: with only five measured steps, their
+#   scores can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
 #   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Do not generalize
 #   from this tiny model.
 # - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage is not
@@ -149,8 +151,9 @@ for run in RUNS:
 # %%
 end = {run: dict(zip(("cubes", "flat", "without nouns"), scores[run][-1, 1:].tolist(), strict=True)) for run in RUNS}
 for run in RUNS:
-    end[run]["best flat"] = max((row[2] for row in scores[run].tolist() if row[1] >= 0.85), default=0.0)
-    record(f"{run[0]}, η = {run[1]:g}: best flat shapes with 85 % of the cubes or more", end[run]["best flat"])
+    if reached := [row[2] for row in scores[run].tolist() if row[1] >= 0.85]:
+        end[run]["best flat"] = max(reached)
+        record(f"{run[0]}, η = {run[1]:g}: best flat shapes with 85 % of the cubes or more", end[run]["best flat"])
 # generated captions have the same score
 assert abs(lesson_tools.exact_match(model=trained["LoRA", 1e-2], count=TESTS) - end["LoRA", 1e-2]["cubes"]) < 0.011
 for run in (("LoRA", 1e-3), ("LoRA", 3e-3), ("full", 1e-4), ("full", 3e-4)):

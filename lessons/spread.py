@@ -20,7 +20,8 @@ TITLE = """# Lessons 5, 6 and 11 with three seeds
 Numbers that may depend on the seed, for seeds 0, 1 and 2. `make lessons-spread` writes this table.
 
 With the same seed, another version of the code or of PyTorch, or another processor, can give other numbers, because it rounds
-differently. A difference that is smaller than the range of the seeds means nothing.
+differently. If a difference is smaller than the range of the seeds, it may come from the seed: compare its
+sign for each seed.
 
 | lesson | number | seed 0 | seed 1 | seed 2 | range |
 |---|---|---|---|---|---|

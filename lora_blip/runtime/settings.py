@@ -82,9 +82,7 @@ def check(config: Any) -> None:
             object.__setattr__(config, entry.name, options_of(value, entry.name))
         elif type(value) is not entry.type:
             if isinstance(value, str) and (written := _without_quotes(value, entry.type)):
-                raise ConfigError(
-                    f"{entry.name} = {value!r} is a text; write it without quotes: {entry.name.upper()} = {written}"
-                )
+                raise ConfigError(f"{entry.name} = {value!r} is a text; write it without quotes: {written}")
             raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
         if isinstance(value, str):
             if entry.metadata.get("path") and value.startswith(("~", "$")):

@@ -414,7 +414,8 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     start, command = "to score it on images that training has not used", ": lora-blip evaluate --adapter run --references "
     demo = [example_of(str(tmp_path / "image_train" / "1.png"))]
     write_first = " (write their images and texts to test.jsonl first)"
-    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
+    write_answers = " (write their images and questions with answers to test.jsonl first)"
+    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{write_answers}{command}test.jsonl"
     (tmp_path / "image_test").mkdir()
     (tmp_path / "image_test/questions.jsonl").write_text('{"image": "1.png", "question": "what?", "answers": ["a"]}\n')
     assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
@@ -422,7 +423,7 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     inside = summary.evaluate_line("vqa", run, "image_train/questions.jsonl", "", demo)  # as the page on tasks trains
     assert inside == f"{start}{command}image_test/questions.jsonl"
     own = [example_of(str(tmp_path / "my" / "1.png"))]  # image_test shows something else
-    assert summary.evaluate_line("vqa", run, lines, "", own) == f"{start}{write_first}{command}test.jsonl"
+    assert summary.evaluate_line("vqa", run, lines, "", own) == f"{start}{write_answers}{command}test.jsonl"
     (tmp_path / "test.jsonl").write_text('{"image": "1.png", "text": "captions cannot score answers"}\n')
     (tmp_path / "val.jsonl").write_text('{"image": "1.png", "question": "what?", "answers": ["a"]}\n')
     assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{command}{tmp_path}/test.jsonl"
