@@ -136,7 +136,7 @@ for run in RUNS:
 # - With η = 0.001 and 0.003, LoRA writes more than 85 % of the captions of cubes correctly. But it loses more than half of the
 #   captions of flat shapes.
 #   With η = 0.003 it loses nearly all of them: it calls nearly every shape a *cube*.
-# - The other words remain right. Given the correct nouns, more than 80 % of the captions of flat shapes have all other words right.
+# - The other words remain right. Given the correct nouns, more than 90 % of the captions of flat shapes have all other words right.
 #   So the model still sees the colours and the positions.
 # - Full fine-tuning forgets too. In each run, take the measured steps with at least 85 % of the cubes right. Of these, choose
 #   the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test
@@ -157,7 +157,7 @@ for run in RUNS:
 # generated captions have the same score
 assert abs(lesson_tools.exact_match(model=trained["LoRA", 1e-2], count=TESTS) - end["LoRA", 1e-2]["cubes"]) < 0.011
 for run in (("LoRA", 1e-3), ("LoRA", 3e-3), ("full", 1e-4), ("full", 3e-4)):
-    assert end[run]["cubes"] > 0.85 and end[run]["flat"] < 0.8 < end[run]["without nouns"], (run, end[run])
+    assert end[run]["cubes"] > 0.85 and end[run]["flat"] < 0.8 and end[run]["without nouns"] > 0.9, end[run]
 words = next_tokens(trained["LoRA", 3e-3], flat)[torch.isin(flat[1][:, 1:], NOUNS)]  # in the place of a noun
 share = (words == base.tokenizer.convert_tokens_to_ids("cube")).float().mean().item()
 record("LoRA, η = 0.003: nouns of flat shapes that become cube", share)
