@@ -108,8 +108,8 @@ def test_dora_trains_as_on_the_cpu(checkpoints, tmp_path, device, kind, precisio
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("kind", ["blip", "opt"])
-def test_compiled_blocks_compute_the_same(checkpoints, tmp_path, monkeypatch, device, kind, precision, variant):
-    """On CUDA, inductor compiles them. The rehearsal executes the captured graphs with PyTorch's own kernels."""
+def test_a_compiled_step_computes_the_same(checkpoints, tmp_path, monkeypatch, device, kind, precision, variant):
+    """On CUDA, inductor compiles it. The rehearsal executes the captured graphs with PyTorch's own kernels."""
     if device == "cpu":
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
