@@ -62,6 +62,16 @@ def test_swapped_arguments_give_the_right_command(here, monkeypatch, capsys, wor
     assert here.is_dir()
 
 
+@pytest.mark.parametrize(("command", "option"), [("ask", "--question"), ("rank", "--texts")])
+def test_several_images_of_ask_and_rank_are_an_error(here, monkeypatch, capsys, command, option):
+    """From a glob of the shell. The other images would be ranked as texts."""
+    words = ("photos/0.png", "photos/1.png") if command == "ask" else ("photos/0.png", "photos/1.png", "a cube", "a ball")
+    status, lines, errors = run(monkeypatch, capsys, command, *words, *BASE, ROOT / "assets" / "tiny-blip-itm")
+    fix = f"for several images: lora-blip infer --images photos {option} TEXT\n"
+    assert status == 2 and not lines and errors.endswith(f"'photos/1.png' is an image, and {command} takes one image; {fix}")
+    assert here.is_dir()
+
+
 def test_json_is_one_ascii_object_per_image(here, monkeypatch, capsys):
     """Also for a broken image, and for a file name with characters that control a terminal."""
     odd = "photos/\x1b[2J\u202e\x9b.png"

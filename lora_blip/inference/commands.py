@@ -19,7 +19,7 @@ from lora_blip.runtime import runs
 from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.settings import argument, setting
-from lora_blip.runtime.system_errors import command_line, reading
+from lora_blip.runtime.system_errors import command_line, quoted_for_shell, reading
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import BASE_OF, local_path, looks_like_image, suggestion
 
@@ -131,13 +131,18 @@ def check_paths(config: Any) -> None:
 
 
 def refuse_swapped(config: Any) -> None:
-    """Raise ConfigError, with the right command, if the image of `ask` or `rank` comes after its texts."""
+    """Raise ConfigError, with the right command, if `ask` or `rank` has its image after the texts, or several images."""
     words = [config.question] if isinstance(config, AskConfig) else config.texts if isinstance(config, RankConfig) else []
     image = next((word for word in words if looks_like_image(word)), "")
     if image and not looks_like_image(config.image):
         texts = [config.image, *(word for word in words if word != image)]
         right = command_line(["lora-blip", ARGUMENTS[config.task][0], image, *texts, *config.model_flags])
         raise ConfigError(f"{config.image!r} is not an image; the image comes first: {right}")
+    if image and Path(image).is_file():  # from a glob of the shell
+        option = "--question" if isinstance(config, AskConfig) else "--texts"
+        folder = quoted_for_shell(str(Path(image).parent))
+        several = f"for several images: lora-blip infer --images {folder} {option} TEXT"
+        raise ConfigError(f"{image!r} is an image, and {ARGUMENTS[config.task][0]} takes one image; {several}")
 
 
 def caption(config: CaptionConfig) -> bool:

@@ -149,7 +149,7 @@ def _changes_since(saved: Saved, config: TrainConfig, current: dict[str, Any]) -
 
 def _can_be_accepted(changed: list[str]) -> bool:
     """Return False if the adapters of the checkpoint have other tensors than those of this start."""
-    reshaping = [change for change in changed if change.startswith(("r was ", "targets was ", "variant was "))]
+    reshaping = [change for change in changed if change.startswith(("r was ", "targets was ", "variant was ", "task was "))]
     return all(change.startswith("variant") and "'dora'" not in change for change in reshaping)
 
 

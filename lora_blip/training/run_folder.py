@@ -57,7 +57,7 @@ class Run:
         self.config, self.learner, self.identity, self.main = config, learner, identity, learner.ranks.main
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
         self.images = 0  # images since the last line of metrics.jsonl
-        self.last_scores: dict[str, Any] = {}  # scores of the last validation
+        self.last_scores: dict[str, Any] = {}  # scores of the last validation, and its step
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
@@ -177,7 +177,7 @@ class Run:
     def log_validation(self, step: int, epoch: int, scores: dict[str, float]) -> None:
         """Write and print the scores. Save the adapter if it is the best so far, but not before the first step."""
         is_best = self.best.record(step, scores)
-        self.last_scores = {f"val_{key}": value for key, value in scores.items()}
+        self.last_scores = {"step": step} | {f"val_{key}": value for key, value in scores.items()}
         self.logged, self.images = time.perf_counter(), 0
         if not self.main:
             return
@@ -210,8 +210,7 @@ class Run:
 
     def save(self, step: int, finished: bool, merge_drift: dict[str, float] | None = None) -> Path:
         """Save the current adapter as adapter.safetensors and return its path."""
-        path = self.adapter_path
-        return self._save(path, step, merge_drift, finished=finished) if self.main else path
+        return self._save(self.adapter_path, step, merge_drift, finished=finished) if self.main else self.adapter_path
 
     def save_unfinished(self) -> None:
         """Save the current adapter so that the user can test it, and print how to resume the run."""
@@ -228,7 +227,9 @@ class Run:
             print("\n" + printable(f"stopped after step {step} of {total};{result} {how}"))
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **extra: Any) -> Path:
-        summary = {"steps": step, **extra, **self.last_scores, "settings": stored_settings(self.config)}
+        is_validated = self.last_scores.get("step", step) == step  # older checkpoints lack the step
+        scores = {key: value for key, value in self.last_scores.items() if is_validated and key != "step"}
+        summary = {"steps": step, **extra, **scores, "settings": stored_settings(self.config)}
         if source := self.identity.get("init_adapter"):
             summary["init_adapter"] = {"path": self.config.init_adapter, "sha256": source}
         task = self.learner.task
@@ -262,8 +263,7 @@ class Run:
             "name": self.folder.name, "metrics": metrics, "seconds": self.checkpointed - self.started,
             "last": self.last_scores, "best": asdict(self.best),
         }  # fmt: skip
-        step = self.learner.progress.step
-        checkpoint.write(folder, step, tensors, state, folder / BEST_NAME, self.config.keep_checkpoints)
+        checkpoint.write(folder, self.learner.progress.step, tensors, state, folder / BEST_NAME, self.config.keep_checkpoints)
 
     def delete_checkpoints(self) -> None:
         """Sync metrics.jsonl to the disk, then remove the checkpoints of a finished run."""
