@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import deque
 from collections.abc import Collection, Sequence
 
 OTHER_NAMES = {  # name in other libraries → our setting, also for lower-case names in a script
@@ -62,30 +63,26 @@ def corrected(given: Sequence[str], unknown: Collection[str], known: Sequence[st
 
     unknown: the words that are not known flags or their values. The result may still have wrong values.
     """
-    wrong, result, options = set(unknown), list[str](), list[str]()  # options: the values of --generation
-    words = iter([*given, None])
-    word = next(words)
-    while word is not None:
-        following = next(words)
+    wrong, words = set(unknown), deque(given)
+    result, options = list[str](), list[str]()  # options: the values of --generation
+    while words:
+        word = words.popleft()
         flag, has_value, value = word.partition("=")
-        flag, template = flag_meant(word, known) if word in wrong and _is_flag(word) else (flag, "")
-        removes = word in wrong and not flag
-        if (
-            not has_value
-            and following is not None
-            and not _is_flag(following)
-            and (template or removes or flag == "--generation")
-        ):
-            value, following = following, next(words)
+        is_wrong, template = word in wrong and _is_flag(word), ""
+        if is_wrong:
+            flag, template = flag_meant(word, known)
+        elif flag != "--generation":
+            result.append(word)
+            continue
+        needs_value = template or not flag or flag == "--generation"
+        if needs_value and not has_value and words and not _is_flag(words[0]):
+            value = words.popleft()
         if flag == "--generation":
             options.append(template.format(value) if template else value)
-        elif template and value.lower() not in FALSE and not flag.startswith("--no-"):
-            result += [flag, template]
-        elif not template and not removes:
-            result += (
-                [flag, value] if has_value and word in wrong else [word if word not in wrong or not _is_flag(word) else flag]
-            )
-        word = following
+        elif template:
+            result += [flag, template] if value.lower() not in FALSE and not flag.startswith("--no-") else []
+        elif flag:
+            result += [flag, value] if has_value else [flag]
     return result + (["--generation", ",".join(options)] if options else [])
 
 
