@@ -128,7 +128,7 @@ def main() -> int:
     for name, precision, bound, plain, fast in rows():
         largest = max(abs(a - b) / a for a, b in zip(plain, fast, strict=True))
         whole = whole and largest <= bound
-        print(f"{name + ', ' + precision:44}{bound:7.0e}{largest:10.1e}   {shown(plain)}\n{'':64}{shown(fast)}", flush=True)
+        print(f"{name + ', ' + precision:44}{bound:7.0e}{largest:10.2e}   {shown(plain)}\n{'':64}{shown(fast)}", flush=True)
     return 0 if whole else 1
 
 
