@@ -173,7 +173,11 @@ def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision
     """
     merge = merge and not quantization(task.backbone.model)
     with phase(f"loading {adapter.path}" + ", and merging it" * merge):
-        adapter_file.load(task.backbone, adapter)
+        try:
+            adapter_file.load(task.backbone, adapter)
+        except AdapterError as error:
+            own = ': MODEL = "" (--model ""; in Python: base=None)' * (task.backbone.name != adapter.base)
+            raise AdapterError(f"{error}{own * str(error).endswith('load that base')}") from None
         if merge:
             merging.bake(task.backbone.model)
     weights.cast_once(task.backbone, precision)

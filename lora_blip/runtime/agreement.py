@@ -17,17 +17,21 @@ DIGESTS = ("lines", "weights", "processors")  # endings of names whose value is 
 def changes(earlier: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return what has changed since an earlier run, in words."""
     earlier = ADDED | earlier
-    return [
-        f"{name} are not the same"
-        if name.endswith(DIGESTS)
-        else f"{name} was {_shown(earlier.get(name))} and is {_shown(current[name])}"
-        for name in current
-        if earlier.get(name) != current[name]
-    ]
+    return [_change(name, earlier.get(name), current[name]) for name in current if earlier.get(name) != current[name]]
 
 
-def _shown(value: Any) -> str:
-    return "not set" if value in ("", None) else repr(value)
+def _change(name: str, earlier: Any, current: Any) -> str:
+    if name.endswith(DIGESTS):
+        return f"{name} are not the same"
+    if name == "init_adapter" and earlier and current:  # digests too
+        return "init_adapter has other weights"
+    return f"{name} was {_shown(name, earlier)} and is {_shown(name, current)}"
+
+
+def _shown(name: str, value: Any) -> str:
+    if value in ("", None):
+        return "not set"
+    return "set" if name == "init_adapter" else repr(value)
 
 
 def require_same(ranks: Ranks, inputs: dict[str, Any], verb: str = "train") -> None:

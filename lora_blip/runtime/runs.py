@@ -79,8 +79,10 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
     near = nearest_run(path, runs)
     meant = f"did you mean {near!r}? Otherwise " if near else ""
     others = [str(run) for run in newest_runs(runs) if str(run) != near]
-    others.sort(key=lambda run: path.name.casefold() not in Path(run).name.casefold())  # stable: the newest first
-    order = f", the newest of {len(others)} first" * (len(others) > 1)
+    similar = [run for run in others if path.name.casefold() in Path(run).name.casefold()]
+    others = similar + [run for run in others if run not in similar]
+    first = "those with a similar name" if similar else f"the newest of {len(others)}"
+    order = f", {first} first" * (len(others) > 1)
     fix = f"give another run{order}: {', '.join(map(repr, others[:NAMED]))}"
     if not others:
         fix = "train one: lora-blip train (or python train.py); or give the path of one"

@@ -28,6 +28,7 @@ FREE = (
     "model", "annotations", "val_annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every",
     "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb", "init_adapter",
 )  # fmt: skip
+NAMED = 3  # largest number of older interrupted runs that a note names
 SAMPLE = 4096  # bytes that are read at the start, the middle and the end of an image file
 CHUNK = 1024  # lines that are encoded in one call: a third faster than one call for each line
 encode_json = json.JSONEncoder().encode
@@ -134,11 +135,18 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
     if others and config.allow_changed:
         saved, changed = others[0]
         return saved, notes + _notes_on_changes(changed)
-    return None, notes + [
+    return None, notes + ([_note_on_others(others)] if others else [])
+
+
+def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:
+    """Return why this start does not resume the newest interrupted run, how to resume it, and the names of the older ones."""
+    (saved, changed), *older = others
+    accept = f", or add --resume {saved.run} --allow-changed" * _can_be_accepted(changed)
+    names = ", ".join(str(each.run) for each, _ in older[:NAMED]) + ", …" * (len(older) > NAMED)
+    return (
         f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "
-        "these values back" + f", or add --resume {saved.run} --allow-changed" * _can_be_accepted(changed)
-        for saved, changed in others
-    ]
+        f"these values back{accept}" + f". Older interrupted runs with other settings: {names}" * bool(older)
+    )
 
 
 def _changes_since(saved: Saved, config: TrainConfig, current: dict[str, Any]) -> list[str]:

@@ -234,7 +234,8 @@ class Session:
         if self.learner.ranks.main and (plot := attempt("loss curve", lambda: plots.draw(run.folder) or NO_PLOT)):
             print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
         dataset: Any = self.batches.dataset
-        print(f"next: {summary.next_command(self.task.name, run.folder, dataset.examples)}")
+        command = summary.next_command(self.task.name, run.folder, dataset.examples)
+        print(f"next{' (for other images, change --images)' * ('--images' in command)}: {command}")
         sources = self.config.annotations, self.config.val_annotations
         print(summary.evaluate_line(self.task.name, run.folder, *sources, dataset.examples))
         run.delete_checkpoints()  # last: a run that is killed before this line can be resumed

@@ -50,7 +50,7 @@ def test_a_wrong_name_lists_runs_that_exist(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(AdapterError) as error:
         locate("VIT")
     listed = ", ".join(repr(f"lora_blip_output/{name}") for name in (names[2], *names[:3:-1]))
-    assert str(error.value).endswith(f"; give another run, the newest of 8 first: {listed}")
+    assert str(error.value).endswith(f"; give another run, those with a similar name first: {listed}")
     with pytest.raises(AdapterError) as error:
         locate(names[7][:-1])
     listed = ", ".join(repr(f"lora_blip_output/{name}") for name in names[6:1:-1])

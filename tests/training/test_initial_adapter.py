@@ -13,9 +13,11 @@ import torch
 
 from lora_blip.config import TrainConfig
 from lora_blip.errors import AdapterError, CheckpointError
+from lora_blip.inference.captioner import Captioner
 from lora_blip.lora import adapter_file, injection
 from lora_blip.lora.sites import Site
 from lora_blip.lora.targets import parse
+from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.distributed import ALONE
 from lora_blip.runtime.runs import ADAPTER_NAME, CHECKPOINTS_NAME, locate_initial, run_to_resume
 from lora_blip.training import initial_adapter
@@ -167,6 +169,17 @@ def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoin
     with pytest.raises(AdapterError, match=message):
         train(further(first, tmp_path, **changes))
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_base_at_inference_gives_the_setting_that_uses_the_base_of_the_adapter(first, checkpoints):
+    with pytest.raises(AdapterError, match=r'load that base: MODEL = "" \(--model ""; in Python: base=None\)$'):
+        Captioner.from_adapter(first[1], base=str(checkpoints["opt"]), device="cpu")
+
+
+def test_a_changed_initial_adapter_is_described_without_its_digest():
+    some = [{"init_adapter": value} for value in ("", "a1b2", "c3d4")]
+    expected = ["init_adapter was not set and is set", "init_adapter has other weights", "init_adapter was set and is not set"]
+    assert [changes(*pair) for pair in zip(some, [*some[1:], some[0]], strict=True)] == [[each] for each in expected]
 
 
 @pytest.mark.parametrize("alpha", [4 * 2**0.5, 1e-5, 12, 0.1 + 0.2])

@@ -393,7 +393,7 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
     assert f"saved {path}" in printed
     assert f"validation exact match: base 12.5%, best adapter 75.0%, after step 4: {best}" in printed
     run = path.parent.relative_to(tmp_path)
-    assert printed[-2] == f"next: lora-blip infer --adapter {run} --images photos"
+    assert printed[-2] == f"next (for other images, change --images): lora-blip infer --adapter {run} --images photos"
     start = "to score it on images that training has not used (write their images and texts to test.jsonl first): "
     assert printed[-1] == f"{start}lora-blip evaluate --adapter {run} --references test.jsonl"
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -405,6 +406,14 @@ def test_a_changed_run_is_refused_with_the_name_of_the_change(checkpoints, tmp_p
     assert "continuing although" in capsys.readouterr().out
 
 
+def test_only_the_newest_interrupted_run_is_described():
+    others = [(SimpleNamespace(run=Path(f"runs/{name}")), ["lr was 0.1 and is 0.2"]) for name in "abcde"]
+    assert resume._note_on_others(others[:1]).endswith("add --resume runs/a --allow-changed")
+    note = resume._note_on_others(others)
+    assert note.startswith("runs/a was interrupted") and note.count("because") == 1
+    assert note.endswith(". Older interrupted runs with other settings: runs/b, runs/c, runs/d, …")
+
+
 def other_pixels(checkpoint: Path, folder: Path) -> Path:
     """Return a copy of the checkpoint with another pixel mean in its image processor."""
     shutil.copytree(checkpoint, folder)
@@ -704,6 +713,7 @@ def test_an_incomplete_folder_never_has_its_final_name(tmp_path):
 HOLD = """
 import os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from lora_blip.runtime import lock
 with lock.held(Path(sys.argv[1])):
