@@ -1,9 +1,12 @@
 """Compare twenty losses of each fast path with those of the plain path, from equal weights: `python -m benchmarks.rows.losses`.
 
-The bound is that of the tests. The model is the embedded tiny base with its images, and with adapters on the ViT and the text
-decoder.
+The model is the embedded tiny base with its images, and with adapters on the ViT and the text decoder.
+
+The bound of fp32 is that of the tests. In bf16, the rounding errors of twenty updates add up. The plain path in bf16 differs
+from fp32 by some e, and so does each other path. Two paths in bf16 may therefore differ by 2 e, which is the bound.
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -35,7 +38,7 @@ from lora_blip.training.learner import Learner
 from lora_blip.training.loop import accumulate_gradients, update_parameters
 
 MODEL, DATA, STEPS, TEXTS = "assets/tiny-blip", "annotations.jsonl", 20, 5
-BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
+BOUND, BOUND_OF_CACHED = 1e-5, 1e-3  # in fp32
 
 
 @dataclass(frozen=True)
@@ -110,25 +113,37 @@ def cached(where: str) -> tuple[list[float], list[float]]:
 
 
 def rows() -> Iterator[tuple[str, str, float, list[float], list[float]]]:
-    """Yield name, precision, bound, the losses of the plain path, and those of the fast path."""
-    for precision, bound in BOUNDS.items():
-        plain = losses(Way("plain"), precision)
-        for how in WAYS:
-            if precision in how.precisions:
-                yield how.name, precision, bound, plain, losses(how, precision)
+    """Yield name, precision, bound, the losses of the plain path, and those of the fast path.
+
+    In the row of the plain path in bf16, they are those of fp32 and of bf16, and the bound is infinite.
+    """
+    exact, rounded = losses(Way("plain"), "fp32"), losses(Way("plain"), "bf16")
+    for how in WAYS:
+        if "fp32" in how.precisions:
+            yield how.name, "fp32", BOUND, exact, losses(how, "fp32")
+    yield "the plain path (above: in fp32)", "bf16", math.inf, exact, rounded
+    bound = 2 * largest_difference(exact, rounded)
+    for how in WAYS:
+        yield how.name, "bf16", bound, rounded, losses(how, "bf16")
     for where in ("text", "vit[2:4]"):
-        yield f"the frozen part kept, adapters on {where}", "fp32", 1e-3, *cached(where)
+        yield f"the frozen part kept, adapters on {where}", "fp32", BOUND_OF_CACHED, *cached(where)
+
+
+def largest_difference(expected: list[float], actual: list[float]) -> float:
+    """Return the largest relative difference of two lists of losses."""
+    return max(abs(a - b) / a for a, b in zip(expected, actual, strict=True))
 
 
 def main() -> int:
     # without limits, the tiny base takes every path
     paths.use(replace(paths.row(), onednn=0, onednn_narrow=0, gelu_bytes=0, by_heads=0))
-    print(f"{'':44}{'bound':>7}{'largest':>10}   losses of steps 1, 5, 10, 15, 20: plain above, fast below")
+    print(f"{'':50}{'bound':>8}{'largest':>10}   losses of steps 1, 5, 10, 15, 20: plain above, fast below")
     whole = True
     for name, precision, bound, plain, fast in rows():
-        largest = max(abs(a - b) / a for a, b in zip(plain, fast, strict=True))
+        largest = largest_difference(plain, fast)
         whole = whole and largest <= bound
-        print(f"{name + ', ' + precision:44}{bound:7.0e}{largest:10.2e}   {shown(plain)}\n{'':64}{shown(fast)}", flush=True)
+        print(f"{name + ', ' + precision:50}{bound:8.1e}{largest:10.2e}   {shown(plain)}\n{'':71}{shown(fast)}", flush=True)
+    print("all are within the bounds" if whole else "some are not within the bounds")
     return 0 if whole else 1
 
 
