@@ -22,11 +22,14 @@ PLAIN_TENSORS = (nn.Parameter, Tensor)  # no subclasses: they may store or compu
 GELU_INPUT = "gelu_input"  # attribute of the output of a GELU: the input of the GELU, which autograd keeps anyway
 ROWS_OF_WEIGHT = 32  # reading W counts as much as this number of rows of x: oneDNN gains more if x has few rows
 NARROW = 16  # a product with such a short side is usually one with A or B
+LARGE = 2**18  # values of a weight, from which a compiled graph calls `product_operator`: a call takes about 20 µs more
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b without a graph. x: (…, in). weight: (out, in), which may be a transposed view. bias: (out,)."""
-    if not torch.compiler.is_compiling() and is_faster(x, weight):  # a graph must not depend on the number of rows
+    if torch.compiler.is_compiling():
+        return product_operator(x, weight, bias) if is_operator_faster(x, weight) else F.linear(x, weight, bias)
+    if is_faster(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -41,6 +44,31 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     elif (size + ROWS_OF_WEIGHT * width) * features < limits.onednn:
         return False
     return x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and has_kernel()
+
+
+@torch.library.custom_op("lora_blip::product", mutates_args=())
+def product_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `product`, as one operator of a compiled graph. It chooses the kernel in each call: a graph has no fixed rows."""
+    return product(x, weight, bias)
+
+
+@product_operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def is_operator_faster(x: Tensor, weight: Tensor) -> bool:
+    """Return True if a compiled graph uses `product_operator` for this weight. This does not depend on the rows of x."""
+    limits = paths.Current.row
+    if limits is None or limits.onednn >= paths.NEVER or weight.numel() < LARGE:
+        return False
+    return x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and kernel_in_graphs()
+
+
+@torch.compiler.assume_constant_result
+def kernel_in_graphs() -> bool:
+    """Return `has_kernel`. torch.compile calls it once, and does not trace it."""
+    return has_kernel()
 
 
 @cache
@@ -102,7 +130,9 @@ class QuickLinear(nn.Linear):
     WRITTEN_FOR = ("(self, input)",)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not is_faster(input, self.weight) or is_plain() or not self._plain_backward(input):
+        is_compiling = torch.compiler.is_compiling()
+        chosen = (is_operator_faster if is_compiling else is_faster)(input, self.weight)
+        if not chosen or is_plain() or not self._plain_backward(input):
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
             return FrozenProduct.apply(input, self.weight, self.bias)
