@@ -20,13 +20,13 @@
 #
 # ## The model and the images
 #
-# The base is a small BLIP. Its ViT reads an image, and its text model writes a caption. (`docs/learn.md` explains these parts.) It was
+# The *base* is a trained model that gets adapters and stays frozen. Here it is a small BLIP. Its ViT reads an image, and its text model writes a caption. (`docs/learn.md` explains these parts.) It was
 # trained on drawings of circles, squares and triangles, and has never seen a cube. Most images of this lesson show one or two
 # cubes, such as "a green cube on top of an orange cube". A few show none: "no cube is present in the image". The adapters are on
 # the linears of the ViT.
 #
-# `tokenize` turns captions into token ids, as a training does: [DEC], with which every caption of BLIP starts, the words, and an end
-# token. It also returns a mask of the padding, and the labels. Padding has the label -100, which means "not in the loss".
+# `tokenize` turns captions into token ids, in the same way as a training. Every caption of BLIP starts with the token [DEC]. The words
+# follow, and then an end token. `tokenize` also returns a mask of the padding, and the labels. Padding has the label -100, which means "not in the loss".
 
 # %%
 import torch
@@ -163,10 +163,10 @@ show(figure, "start")
 #
 # Why is it lower in between? A change $\Delta A$ changes the output by $\frac{\alpha}{r} B \, \Delta A \, x$. With $B = 0$ at the
 # start, $B$ is small in the first steps, so training $A$ has little effect. A random $B$ is large from the start. The third run
-# tests this: with a frozen $A$, the mean loss of the steps 5 to 11 is higher than that of the second run. It is at least 80 % of
-# that of the first run. So at least a part of the advantage comes from training $A$.
+# tests this: with a frozen $A$, the mean loss of the steps 5 to 11 is higher than that of the second run. So a part
+# of the advantage comes from training $A$. The loss of the third run is then near that of the first run: at least 80 % of it.
 #
-# The cell asserts these comparisons of the three runs. They hold for the seeds 0, 1 and 2.
+# The cell asserts these comparisons of the three runs. They hold for the seeds 0, 1 and 2: `LESSON_SEED=1` chooses another seed.
 #
 # ## Exercises
 #

@@ -14,14 +14,14 @@
 #
 # $$s \, dy^\top B \, \Delta A \, x = \langle s \, B^\top dy \, x^\top, \Delta A \rangle$$
 #
-# $\langle P, Q \rangle$ is the sum of the products of the entries of $P$ and $Q$. So each entry of the left matrix is the derivative of the
-# loss with respect to that entry of $A$: the left matrix is $dA$. The same for $B$ and $x$ gives
+# $\langle P, Q \rangle$ is the sum of the products of the entries of $P$ and $Q$. So each entry of
+# $s \, B^\top dy \, x^\top$ is the derivative of the loss with respect to that entry of $A$: this matrix is $dA$. The same for $B$ and $x$ gives
 #
 # $$dA = s \, B^\top dy \, x^\top$$
 # $$dB = s \, dy \, h^\top$$
 # $$dx = W_0^\top dy + s \, A^\top B^\top dy$$
 #
-# A batch has one row for each example: $X$ of shape $(n, k)$, $dY$ of shape $(n, d)$, and $H = X A^\top$. Row $i$ of $X$ is $x_i^\top$, so
+# A batch has one row for each vector, for example one for each patch of each image: $X$ of shape $(n, k)$, $dY$ of shape $(n, d)$, and $H = X A^\top$. Row $i$ of $X$ is $x_i^\top$, so
 # $W_0 x$ becomes $X W_0^\top$, and $B h$ becomes $H B^\top$. The gradients of $A$ and $B$
 # are sums over the rows, which matrix products compute:
 #
@@ -87,8 +87,8 @@ with torch.no_grad():
 # ## What must be kept for the backward pass
 #
 # lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. With `fused_hook`, a pre-hook hides the linear
-# from autograd. Then the hook adds the update by one autograd function, whose backward pass is the one above, for both. `inject` adds
-# these hooks. (For small linears on most CPUs, they use a shorter update.)
+# from autograd. Then the hook adds the update by one autograd function. Its backward pass computes the gradients above, for the linear and
+# the update together. `inject` adds these hooks. (For small linears on most CPUs, they use a shorter update.)
 #
 # $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
 # $n k$ numbers. The hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for

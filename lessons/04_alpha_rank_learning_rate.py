@@ -95,7 +95,7 @@ for optimizer_class, options in ((torch.optim.SGD, {}), (torch.optim.Adam, {"eps
 #
 # We measure two sizes for r = 1, 2, 4, … 64:
 #
-# - the norm ‖ΔW‖, over all linears of the ViT,
+# - the Frobenius norm ‖ΔW‖ (lesson 1) of the updates of all linears of the ViT together,
 # - the gain −⟨G, ΔW⟩, which is the decrease of the loss to first order in η. ⟨G, ΔW⟩ is the sum of the products of their
 #   entries.
 #
@@ -103,7 +103,7 @@ for optimizer_class, options in ((torch.optim.SGD, {}), (torch.optim.Adam, {"eps
 # grows like s² r. The gain of Adam is η s times the sum of |G A₀ᵀ| over all d·r entries. So it grows like s r.
 #
 # ΔW is a sum of r parts, one for each row of A₀. For r much smaller than k, these random rows are nearly orthogonal, and so
-# are the parts. Then their squared norms add, and the norms grow like s² √r and s √r. With s = α/r and s = α/√r this predicts powers of r:
+# are the parts. Then their squared norms add, and the norm grows like s² √r (SGD) and s √r (Adam). With s = α/r and s = α/√r this predicts powers of r:
 #
 # | first update | norm, α/r | norm, α/√r | gain, α/r | gain, α/√r |
 # |---|---|---|---|---|

@@ -113,9 +113,9 @@ for n in (8, 4, 2, 1):
 # %% [markdown]
 # The sixteen singular values of ΔW fall gradually: the effective rank is about 11. But the score needs only a few of
 # them. With four of the sixteen, it is at most five percentage points below that of all (seeds 0, 1 and 2). With one, it is much lower, and not
-# stable: it depends on the seed, and on the rounding. Several versions of this code, which round differently, gave 44 % to 84 % with
-# the three seeds, and 58 % to 81 % with seed 0 alone. In each of these runs, the adapter that was *trained* with rank 1 is
-# better. So the strongest direction of an update of rank 16 is not the best update of rank 1.
+# stable: it depends on the seed, and on the rounding: another version of this code, which rounds differently, can give a score that differs by
+# more than ten percentage points. With each seed, the adapter that was *trained* with rank 1 is better. So ΔW₁ is nearest to ΔW,
+# but it is not the update of rank 1 that is best for the captions.
 #
 # The paper compares two trained matrices A, with r = 8 and r = 64, by their right singular vectors (not those of ΔW). It
 # finds a clear overlap for the strongest direction, and says that the others may be "mostly random noises accumulated

@@ -23,7 +23,7 @@
 #
 # $$r = \frac{\text{budget}}{\sum_{\text{linears}} (d + k)}$$
 #
-# with the sum over its linears, rounded. Few linears get a high rank, and many linears a low one. The budget is 49,152
+# The sum is over the linears of the adapter, and r is rounded. Few linears get a high rank, and many linears a low one. The budget is 49,152
 # parameters. For "q and v", q and v have separate adapters, each with d = 128. In the text model, q and v of the self-attention
 # and of the cross-attention are adapted. "All" means all linears in the layers of a part. The head that predicts the words has no
 # adapter.
@@ -143,8 +143,8 @@ for (model, targets), values in ratios.items():
 #   the lowest score.
 #
 # These findings hold for the seeds 0, 1 and 2 (`lessons/spread.md` has the numbers, except those of each layer). Some scores depend on
-# the seed: with an adapter on all linears of the ViT of BLIP, the exact match is 79 %, 88 % and 97 % (76 % instead of 79 % in
-# another version of this code, which rounds differently). The findings compare how fast adapters learn in two epochs with one learning
+# the seed: with an adapter on all linears of the ViT of BLIP, the exact match is 79 %, 88 % and 97 %. Another version of
+# this code, which rounds differently, can give other scores. The findings compare how fast adapters learn in two epochs with one learning
 # rate per base. They do not say that the ViT cannot learn the cubes: after twenty epochs, `make demo` with an adapter
 # on the ViT reaches 99 % or more. The exact match does not order the ViT and the Q-Former of BLIP-2: nearly
 # all captions of both are wrong. The loss of the Q-Former is lower with the three seeds.

@@ -179,7 +179,8 @@ show(figure, "rounding")
 #
 # ## Exercises
 #
-# 1. Train two adapters, with `quick_train(max_steps=20, seed=1)` and `seed=2`. Merge them into bf16 weights in two ways: round
+# 1. Train two adapters, with `quick_train(max_steps=20, seed=1)` and `seed=2`. Load both on one base: `load_adapter(backbone, run,
+#    name="second")` gives an adapter its own name. Merge them into bf16 weights in two ways: round
 #    after each, W' = round(round(W₀ + ΔW₁) + ΔW₂), and round once, W' = round(W₀ + (ΔW₁ + ΔW₂)). Compute both by hand from
 #    `delta_weight()`, because `lora_blip.merge` rounds once. A right answer shows that the
 #    first way depends on the order of the adapters in some

@@ -107,7 +107,7 @@ axes.legend(loc=(0.6, 0.1))
 show(figure, "words")
 
 # %% [markdown]
-# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. So does "a": for another image, "an" may
+# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image (see the picture). So does "a": for another image, "an" may
 # be right, or at the start "no" ("no cube is present in the image"). "orange" depends on the image less than the other colours:
 # usually the word "an" announces it. After "single" (two captions), it depends on the image about as much as other colours. With the
 # adapter, "of", "the" and "left" follow almost completely from the words before, and "cube" mostly.
@@ -214,7 +214,7 @@ show(figure, "attention")
 #
 # ## What the picture shows, and what it does not
 #
-# - For a colour, the brightest patches of this image are on the cubes, in both models. The adapter is only on the ViT, and no weight
+# - In this picture, the brightest patches of a colour are on the cubes, in both models. The adapter is only on the ViT, and no weight
 #   of the cross-attention changes. But the ViT gives other states. So the keys and values change, and so do the queries of the
 #   later layers.
 # - Attention and effect agree only a little. Over the colour words, their correlation is 0.22 on average for the base, and 0.19, 0.02 and

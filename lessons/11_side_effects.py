@@ -139,14 +139,15 @@ for run in RUNS:
 # - The other words remain right. Given the correct nouns, more than 90 % of the captions of flat shapes have all other words right.
 #   So the model still sees the colours and the positions.
 # - Full fine-tuning forgets too. In each run, take the measured steps with at least 85 % of the cubes right. Of these, choose
-#   the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test
+#   the one with the most flat shapes. There, each run of full fine-tuning keeps more flat shapes than
+#   each run of LoRA that has such a step. (The test
 #   images choose this step, for both methods in the same way.) But these steps are not equally good on the cubes: with only five measured steps, their
 #   scores can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
 #   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Do not generalize
 #   from this tiny model.
 # - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage is not
-#   stable, because other versions and processors round differently. In other runs, which are not in the table, we saw from 9 % to
-#   94 % of the captions of cubes right.
+#   stable, because other versions and processors round differently. In other runs, which are not in the table, from 9 % to
+#   94 % of the captions of cubes were right.
 
 # %%
 end = {run: dict(zip(("cubes", "flat", "without nouns"), scores[run][-1, 1:].tolist(), strict=True)) for run in RUNS}
@@ -216,7 +217,7 @@ assert sizes["LoRA", 1e-3] > sizes["full", 3e-4]
 #
 # ## A smaller update
 #
-# The merged weight can have a part of the update: W₀ + c ΔW. With c = 0 it is the base, and with c = 1 the trained model. No training is needed.
+# We can add only a part of the update to W₀: W₀ + c ΔW, with c from 0 to 1. With c = 0 it is the base, and with c = 1 the trained model. No training is needed.
 # (Wortsman et al. 2021 interpolate the weights of fully fine-tuned models in this way.)
 #
 # We try c = 0.5 and 0.75. With c = 0.5, fewer flat shapes are forgotten, and fewer captions of cubes are right. How good the

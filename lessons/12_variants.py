@@ -110,7 +110,8 @@ def dora_hook(linear, args, _kwargs, output):
 # $$W_{\text{res}} = W_0 - B A,$$
 # $$s = 1.$$
 #
-# (`peft` keeps s = α/r, and uses S_r / s instead of S_r. This is the same if α = r.)
+# (`peft` keeps s = α/r, and uses S_r / s instead of S_r. s·B A and W_res are then the same for each α. A, B and the training are
+# the same only if α = r.)
 
 
 # %%
@@ -286,7 +287,8 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 # ## What to remember
 #
 # - A variant changes the factor, the norm, the start or the learning rates. Before the first training step, each gives the base.
-# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and the learning rate η_A of LoRA+.
+# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and the learning rate η_A of LoRA+, without weight
+#   decay and clipping.
 # - Compare variants only after you tune the learning rate of each.
 #
 # ## Sources

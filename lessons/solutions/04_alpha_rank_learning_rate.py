@@ -52,7 +52,7 @@ def train(adapters, optimizer_class, lr, max_norm=None, steps=5, **options):
 #
 # A and B are √c times smaller, and their gradients are √c times larger.
 #
-# - AdamW multiplies A and B by 1 − ηλ in each step. The learning rate is now η/√c, so λ must be √c times larger.
+# - AdamW multiplies A and B by 1 − ηλ in each step. λ is the weight decay. The learning rate is now η/√c, so λ must be √c times larger.
 # - Clipping scales all gradients if their norm is above a limit. The norm is √c times larger, so the limit must be
 #   too. PyTorch adds 10⁻⁶ to the norm, so the last bits can differ.
 #
