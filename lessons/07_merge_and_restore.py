@@ -58,7 +58,7 @@ for name, linear in linears.items():
 
 # %% [markdown]
 # The difference is not zero. With hooks, the model adds W₀x and ΔWx, and each has its own rounding errors. Merged, it rounds
-# the sum of the weights first. Both are as exact as float32 allows.
+# the sum of the weights first. Neither is exact. The difference has the size of float32's rounding errors.
 #
 # ## 16 bits: a part of the update is lost
 #
@@ -105,8 +105,10 @@ assert lost["bf16"][0] < 0.02 and lost["bf16"][-1] > 0.8 and lost["fp16"][-1] > 
 # %% [markdown]
 # The tiny base and its large learning rate give a large update, so little is lost here. Of an update that is 1024 times
 # smaller, more than 80 % is lost in bf16, and more than 40 % in fp16. An optimizer step on A or B in bf16 would be
-# rounded in the same way, so `lora_blip` keeps A and B in float32. A hook leaves W₀ as it is, so this loss does not occur
-# before a merge.
+# rounded in the same way, so `lora_blip` keeps A and B in float32.
+#
+# A hook leaves W₀ as it is, and computes ΔWx in float32. But in a 16-bit model, the output y of a linear has 16 bits too, and
+# so has the sum y + ΔWx. If |ΔWx| < u·|y|/2 for an output, this update is lost in the same way.
 #
 # ## Subtracting does not restore
 #

@@ -37,7 +37,7 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 # gradients of the earlier layers from them. What is zero there is lost for the earlier layers too.
 #
 # The remedy is a loss scale S. The backward pass starts with S·L instead of L. The chain rule is linear, so every gradient
-# is multiplied by S. Let g be the gradient of one output, and round(z) the number of fp16 that is nearest to z. The backward pass
+# is multiplied by S. Let g be the gradient of one output before it is rounded, and round(z) the number of fp16 that is nearest to z. The backward pass
 # keeps round(S·g):
 #
 # $$\mathrm{round}(S g) = 0 \iff |g| \le \frac{2^{-25}}{S}.$$
@@ -97,7 +97,9 @@ SCALES = [2.0**power for power in range(-12, 29, 4)]
 zeros, errors = [], []
 for S in SCALES:
     outputs, adapters = gradients(batch, S, torch.float16)
-    assert torch.equal((S * exact_outputs).half() == 0, exact_outputs.abs() <= 2.0**-25 / S)  # the equation
+    assert torch.equal(
+        (S * exact_outputs).half() == 0, exact_outputs.abs() <= 2.0**-25 / S
+    )  # the equation, for gradients in float32
     assert torch.equal(S * exact_outputs / S, exact_outputs)  # a power of two rounds nothing
     zeros.append((outputs == 0).float().mean().item())
     errors.append(((adapters - exact_adapters).norm() / exact_adapters.norm()).item())  # inf or nan after an overflow

@@ -296,5 +296,5 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 # - Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv:2106.09685
 # - Kalajdzievski 2023, *A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA*, arXiv:2312.03732
 # - Liu et al. 2024, *DoRA: Weight-Decomposed Low-Rank Adaptation*, arXiv:2402.09353
-# - Meng, Wang and Zhang 2024, *PiSSA: Principal Singular Values and Singular Vectors Adaptation*, arXiv:2404.02948
+# - Meng, Wang and Zhang 2024, *PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models*, arXiv:2404.02948
 # - Hayou, Ghosh and Yu 2024, *LoRA+: Efficient Low Rank Adaptation of Large Models*, arXiv:2402.12354

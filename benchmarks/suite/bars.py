@@ -80,7 +80,7 @@ def draw_ranges(ranges: dict[str, tuple[float, float]], out: Path) -> Path:
     axes.set(xlim=(0, 1.5), ylim=(len(ranges) - 0.5, -0.7))
     axes.set_yticks(range(len(ranges)), list(ranges), fontsize=9, color=INK)
     style(axes, "time of a training step relative to peft with a manual loop; shorter is better\n"
-          "dark: the lowest value of the three machines measured; light: up to the highest value")  # fmt: skip
+          "dark: the lowest value on the three machines measured; light: up to the highest value")  # fmt: skip
     return save(figure, out)
 
 
