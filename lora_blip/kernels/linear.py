@@ -58,16 +58,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
 
 
 def is_operator_faster(x: Tensor, weight: Tensor) -> bool:
-    """Return True if a compiled graph uses `product_operator` for this weight. This does not depend on the rows of x."""
+    """Return True if a compiled graph uses `product_operator` for this weight. This does not depend on the rows of x.
+
+    An exported graph has only PyTorch's operators, so that other programs can read it.
+    """
     limits = paths.Current.row
-    if limits is None or limits.onednn >= paths.NEVER or weight.numel() < LARGE:
+    if limits is None or torch.compiler.is_exporting() or limits.onednn >= paths.NEVER or weight.numel() < LARGE:
         return False
     return x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and kernel_in_graphs()
 
 
 @torch.compiler.assume_constant_result
 def kernel_in_graphs() -> bool:
-    """Return `has_kernel`. torch.compile calls it once, and does not trace it."""
+    """Return `has_kernel`. torch.compile calls this function, and does not trace it.
+
+    Call it once before the trace, because the kernel cannot be tested inside one.
+    """
     return has_kernel()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_blip.kernels import paths
+from lora_blip.kernels.linear import kernel_in_graphs
 from lora_blip.lora.sites import is_compiled
 
 Loss = Callable[..., Tensor]
@@ -16,7 +17,7 @@ Loss = Callable[..., Tensor]
 
 def compile_blocks(model: Any, first: int = 0, **options: Any) -> None:
     """Compile the blocks of the ViT from `first` on. Hooks that are added later are ignored. options: of `torch.compile`."""
-    paths.row()  # torch.compile cannot trace the code that reads the table
+    _prepare()
     for block in model.vision_model.encoder.layers[first:]:
         block.compile(**options)
 
@@ -27,10 +28,16 @@ def compile_loss(model: Any, loss: Loss, **options: Any) -> Loss:
     One graph for the whole loss has less overhead than a graph for each layer. Sizes that change from batch to batch must be
     marked by `mark_sizes`.
     """
-    paths.row()  # as above
+    _prepare()
     # This marks the model for `is_compiled`. A call of the model itself stays uncompiled. PyTorch drops it in copies.
     model._compiled_call_impl = model._call_impl
     return torch.compile(loss, **options)
+
+
+def _prepare() -> None:
+    """Read the table of paths, and test the kernel of oneDNN. torch.compile cannot trace this code; both results are kept."""
+    paths.row()
+    kernel_in_graphs()
 
 
 def uses_compiled_loss(model: Any) -> bool:

@@ -185,3 +185,10 @@ def test_the_first_product_may_be_under_autocast(monkeypatch):
         assert model(torch.randn(4, 6)).dtype == torch.bfloat16
     monkeypatch.undo()
     has_kernel.cache_clear()
+
+
+def test_an_exported_graph_has_only_operators_of_pytorch(monkeypatch):
+    """Another program, such as an ONNX runtime, does not know `lora_blip::product`."""
+    monkeypatch.setattr(products, "LARGE", 0)
+    exported = torch.export.export(nn.Sequential(QuickLinear(6, 5).requires_grad_(False)), (torch.randn(3, 6),))
+    assert [str(node.target) for node in exported.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
