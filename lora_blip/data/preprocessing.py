@@ -26,8 +26,8 @@ class Scaling(NamedTuple):
     def of_planes(self, planes: Tensor) -> Tensor:
         """Return the pixel values of bytes: (…, 3, H, W) uint8 → the same shape in float32, on the same device."""
         # PyTorch divides by a number on a GPU as a product with its inverse, which rounds in another way: divide by tensors
-        constants = (torch.tensor(each, device="cpu").reshape(-1, 1, 1) for each in ([255.0] * 3, self.mean, self.std))
-        largest, mean, std = (each.to(planes.device, torch.float32, non_blocking=True) for each in constants)
+        constants = torch.tensor([[255.0] * 3, self.mean, self.std], dtype=torch.float32, device="cpu")[..., None, None]
+        largest, mean, std = constants.to(planes.device, non_blocking=True)
         return planes.to(torch.float32).div_(largest).sub_(mean).div_(std)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from lora_blip.data.image_folders import example_of
 from lora_blip.errors import InputError
 from lora_blip.inference.image_inputs import SINGLE, is_file
 from lora_blip.lora.attached import Loaded
+from lora_blip.runtime.untrusted import quoted
 from lora_blip.runtime.user_paths import looks_like_image
 from lora_blip.tasks.base import PredictionTask
 
@@ -88,7 +89,8 @@ def checked_questions(question: Any) -> tuple[list[str], bool]:
     questions = [question] if isinstance(question, str) else list(question)
     for position, each in enumerate(questions):
         if not isinstance(each, str) or not each.strip():
-            raise InputError(f"question {position} is {each!r}; expected a text, as in {CALLS['vqa']}")
+            name = "the question" if isinstance(question, str) else f"question {position}"
+            raise InputError(f"{name} is {quoted(each)}; expected a text, as in {CALLS['vqa']}")
     return questions, isinstance(question, str)
 
 
@@ -107,9 +109,11 @@ def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) ->
         raise InputError(f"this {kind} answers questions, so it ranks answers; give their question: {RANK_ANSWERS}")
     if question and not task.takes_question:
         raise InputError(f"this {kind} {VERBS[task.name]} and uses no question; call {call}")
+    if question and (reason := cast(Any, task).check_question(example_of("", plain(question)))):
+        raise InputError(f"the question cannot be used: {reason}")
     for position, text in enumerate(checked):
         is_text = isinstance(text, str) and text.strip()
         example = replace(example_of("", plain(question)), text=text, answers=(text,))
         if reason := task.check(example) if is_text else "expected a text":
-            raise InputError(f"texts[{position}] is {text!r}: {reason}")
+            raise InputError(f"texts[{position}] is {quoted(text)}: {reason}")
     return checked

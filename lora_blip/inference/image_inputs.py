@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_blip.data.images import LARGEST, LARGEST_FILE, open_image, to_rgb, upright
 from lora_blip.errors import ImageError, InputError
-from lora_blip.runtime.untrusted import printable, shorten
+from lora_blip.runtime.untrusted import UnreadableError, printable, shorten
 from lora_blip.runtime.user_paths import local_path
 
 
@@ -232,6 +232,8 @@ def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
             image.load()
             turned = upright(image)  # in the lock, because another thread must not read the EXIF while Pillow parses it
         return to_rgb(turned)
+    except UnreadableError as error:
+        raise ImageError(printable(f"{name} is not a usable image: {error}")) from None
     except Exception as error:  # decoders raise any error on damaged files
         reason = ": ".join(filter(None, (type(error).__name__, shorten(str(error)))))
         raise ImageError(printable(f"{name} cannot be decoded ({reason})")) from None

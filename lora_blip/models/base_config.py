@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from lora_blip.errors import ModelError
 from lora_blip.models import quantization_config
 from lora_blip.models.generation import OPTIONS
+from lora_blip.models.library import Quiet
 from lora_blip.models.unsupported import refuse_folder, unsupported_kind
 from lora_blip.models.weight_names import SAFE_INDEX, SAFE_WEIGHTS, without_prefix
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, parsed, quoted
@@ -228,7 +229,7 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
 
 def skeleton_of(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """Return the model without memory, on the meta device."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with Quiet("."), torch.random.fork_rng(devices=[]), torch.device("meta"):
         return kind(config)
 
 

@@ -23,7 +23,7 @@ def mean_probabilities(output: Any, end_id: int) -> Tensor:
     steps = len(output.logits) if beams is None else int((beams >= 0).sum(1).max())
     ids = output.sequences[:, -steps:]
     rows = torch.arange(len(ids), device=ids.device)
-    total, count = torch.zeros(len(ids), device=ids.device), torch.zeros(len(ids), device=ids.device)
+    total, count = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for step in range(steps):
         logits = output.logits[step][rows if beams is None else beams[:, step].clamp_min(0)]  # (rows, vocabulary)

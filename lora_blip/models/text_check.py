@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
-from lora_blip.models.token_rows import many_ids, plain_ids
+from lora_blip.models.token_rows import HALF_PAIR, many_ids, plain_ids
 from lora_blip.models.unknown_tokens import REMEDY, UnknownTokens
 from lora_blip.runtime.untrusted import quoted
 
@@ -59,10 +59,12 @@ class TextChecker:
         return self.special_token_problem(text, ids)
 
     def special_token_problem(self, text: str, ids: list[int]) -> str:
-        """Return why a text with a special token, such as <image> or [SEP], cannot be used, or ""."""
+        """Return why a text with a special token, such as <image> or [SEP], or with no valid Unicode cannot be used, or ""."""
+        if half := HALF_PAIR.search(text):
+            return f"{quoted(text)} contains {half[0]!r}, which is half of a character (of a surrogate pair); remove it"
         special = [i for i in ids if i in self.special]
         tokens = self.tokenizer.convert_ids_to_tokens(special[:1])
-        return f"{text!r} contains {tokens[0]!r}, which the model uses as a special token; remove it" if special else ""
+        return f"{quoted(text)} contains {tokens[0]!r}, which the model uses as a special token; remove it" if special else ""
 
 
 class TokenBounds:

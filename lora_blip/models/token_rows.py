@@ -20,6 +20,7 @@ from lora_blip.runtime.row_selection import select_rows
 
 IGNORE = -100  # a target without a label, as in PyTorch
 STRUCTURAL = ("bos", "eos", "sep", "pad", "cls", "mask")
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which JSON can write, and which is no character
 PLACEHOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, BLIP-2's and T5's
 Tensors = TypeVar("Tensors")
 
@@ -156,14 +157,20 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 @lru_cache(maxsize=2**16)
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return tuple(tokenizer(_readable(text), add_special_tokens=False, verbose=False).input_ids)
+
+
+def _readable(text: str) -> str:
+    """Return a text that every tokenizer accepts: U+FFFD replaces half of a surrogate pair. `text_check` reports it."""
+    return text if text.isascii() else HALF_PAIR.sub("\ufffd", text)
 
 
 def many_ids(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:
     """Return {text: its `plain_ids`}. One call of the tokenizer for all texts is faster."""
     ids = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    ).input_ids  # verbose: a long text has our own message
+        [*map(_readable, texts)], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+        verbose=False,  # a long text has our own message
+    ).input_ids  # fmt: skip
     return dict(zip(texts, ids, strict=True))
 
 

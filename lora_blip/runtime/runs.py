@@ -48,6 +48,8 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     """
     if not isinstance(adapter, str | Path):
         raise AdapterError(f'the adapter is of type {type(adapter).__name__}; give a run folder, a file, or "latest"')
+    if adapter == "":
+        raise AdapterError('the path of the adapter is empty; give a run folder, a file, or "latest"')
     path = Path(runs if adapter == "latest" else adapter)
     try:
         if path.is_file():

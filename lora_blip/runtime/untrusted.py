@@ -50,6 +50,8 @@ def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
     try:
         _refuse_irregular(os.stat(path), largest)  # noqa: PTH116  # a str or Path of any characters
         file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
+    except UnicodeError:
+        raise UnreadableError("its name contains half of a character (of a surrogate pair)") from None
     except ValueError:
         raise UnreadableError("its name contains a NUL character") from None
     try:

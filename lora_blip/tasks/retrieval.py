@@ -71,7 +71,7 @@ class RetrievalTask(Task[TokenizedTexts]):
         image = getattr(backbone.model.config, "image_token_index", None)
         self.checker = TextChecker(backbone.tokenizer, special_ids(backbone.tokenizer) | ({image} - {None}))
         self.texts_of_image: dict[str, tuple[str, ...]] = {}  # image → the texts of all its lines, if there are several
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=backbone.device))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), dtype=torch.float32, device=backbone.device))
 
     @property
     def temperature(self) -> Tensor:

@@ -14,6 +14,7 @@ from lora_blip.data import annotations, images
 from lora_blip.data.deep_images import DarkImages, FirstDarkImage
 from lora_blip.data.images import open_image
 from lora_blip.errors import ImageError
+from lora_blip.inference.image_inputs import open_input
 
 
 def saved(path: Path, values: np.ndarray, **options: object) -> Path:
@@ -38,6 +39,17 @@ def grey(path: Path) -> list[int]:
 def test_a_deep_grey_image_is_scaled_by_the_range_of_its_type(tmp_path, name, values, levels):
     """v × 255 / 65535 for 16 bits, / (2³¹ - 1) for signed 32 bits, and floats from 0 to 1."""
     assert grey(saved(tmp_path / name, values)) == levels
+
+
+def test_floats_up_to_255_are_an_error(tmp_path):
+    """1 is white, so each pixel would be white. Pillow's own mode F has values up to 255."""
+    path = saved(tmp_path / "a.tif", np.array([[0, 3, 209]], np.float32))
+    with pytest.raises(
+        ImageError, match=r"a\.tif is not a usable image: its values are floats up to 209, and 1 is white; divide"
+    ):
+        open_image(path)
+    with pytest.raises(ImageError, match="divide them by 255"):
+        open_input(Image.new("L", (4, 4), 200).convert("F"), "the image")
 
 
 def test_unsigned_32_bits_have_their_own_range(tmp_path):

@@ -25,7 +25,7 @@ from PIL import Image, ImageSequence
 
 import lora_blip
 from lora_blip.data.image_folders import example_of
-from lora_blip.errors import ConfigError, ImageError, InputError, LoRAError, ModelError
+from lora_blip.errors import AdapterError, ConfigError, ImageError, InputError, LoRAError, ModelError
 from lora_blip.inference import image_inputs
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.image_inputs import open_input
@@ -34,7 +34,7 @@ from lora_blip.lora import adapter_file, attached
 from lora_blip.models.loading import as_backbone, load_backbone
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.registry import TASKS
+from lora_blip.tasks.registry import TASKS, default_task
 from tests.support import tiny
 from tests.support.api import make_workplace, save_adapter
 from tests.support.models import carry, inject
@@ -787,6 +787,68 @@ def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monke
 
     for number, results in enumerate(asyncio.run(tasks())):
         assert [(p.text, p.error) for p in results] == expected[number % 4]
+
+
+def test_threads_may_open_bases_at_the_same_time(checkpoints):
+    """transformers changes the whole process while it loads. Two loads at a time left tied weights out, in later loads too."""
+    names = [str(checkpoints[kind]) for kind in ("blip", "vqa", "opt")] * 5
+    with ThreadPoolExecutor(8) as pool:
+        backbones = list(pool.map(lambda name: load_backbone(name, "cpu"), names))
+    for name, backbone in zip(names, backbones, strict=True):
+        alone = load_backbone(name, "cpu").model.state_dict()
+        assert all(torch.equal(value, alone[key]) for key, value in backbone.model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["blip", "vqa", "itm", "opt", "t5"])
+def test_predictions_do_not_depend_on_the_default_dtype(make, photos, kind, dtype):
+    """It is that of the whole process, and transformers changes it while another thread loads a base in 16 bits."""
+    captioner = Captioner(TASKS[default_task(make(kind).architecture)](make(kind)), batch_size=2)
+
+    def results() -> list[Any]:
+        question = {"question": QUESTIONS[0]} if kind == "vqa" else {}
+        ranked = captioner.rank(photos, ["a red cube", "a blue cube"], **question)
+        written = captioner.answer(photos, QUESTIONS[0]) if kind == "vqa" else [] if kind == "itm" else captioner(photos)
+        return [(each.text, each.score, each.ranking) for each in (*ranked, *written)]
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert results() == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+HALF = "a red \ud83d cube"  # json.loads accepts half of a surrogate pair
+
+
+def test_a_text_with_half_of_a_character_is_an_error_with_its_position(make, photos):
+    """A question has it in `error`, and the other questions are answered. A text, a prompt and a path are errors too."""
+    vqa = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
+    first, second = vqa.answer(photos[0], ["what is it?", HALF])
+    assert first.text and not first.error and "contains '\\ud83d', which is half of a character" in second.error
+    with pytest.raises(InputError, match=r"the question cannot be used: .* half of a character"):
+        vqa.rank(photos[0], ["a", "b"], question=HALF)
+    for kind in ("blip", "vqa", "itm", "opt", "t5"):
+        ranker = Captioner(TASKS[default_task(make(kind).architecture)](make(kind)))
+        with pytest.raises(InputError, match=r"texts\[1\] is .* half of a character"):
+            ranker.rank(photos[0], ["a cube", HALF], question="what?" if kind == "vqa" else "")
+    with pytest.raises(ConfigError, match=r"prompt = .* half of a character"):
+        CaptionTask(make("blip"), HALF, FEW)
+    assert "half of a character" in vqa.answer("a\ud800.png", "what is it?").error
+
+
+def test_a_long_text_is_shortened_in_the_error(make, photos):
+    with pytest.raises(InputError) as raised:
+        Captioner(CaptionTask(make("blip"))).rank(photos[0], ["a cube", "cube " * 3000])
+    assert "has room for" in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_the_name_of_the_adapter_cannot_be_empty(workplace, monkeypatch):
+    """An empty path is the current folder for Python, so any adapter below it would be used."""
+    monkeypatch.chdir(workplace.parent)
+    with pytest.raises(AdapterError, match="the path of the adapter is empty"):
+        Captioner.from_adapter("")
 
 
 def test_a_model_in_training_stays_in_training(make, photos):
