@@ -1,5 +1,6 @@
 """Check one entry of an annotation file, and give its keys the names image, text, question and answers."""
 
+import difflib
 import json
 import math
 import re
@@ -28,6 +29,7 @@ IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|h
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 # a control character that JSON reads from an unescaped backslash → a slash and the letter in the file
 LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})
+SIMILAR = 0.7  # difflib's ratio of a key and a known key, of which it may be a misspelling
 NOT_UTF8 = "it is not UTF-8 (or contains half a surrogate pair); save the file as UTF-8"
 
 Entry = dict[str, Any]
@@ -130,7 +132,15 @@ def _keys_to_name(rest: Entry, no_image: bool) -> str:
     flags = ["--image-key " + (pasteable(quoted_for_shell(images[0])) if images else "KEY")] * no_image
     if rest.keys().isdisjoint(TEXT_KEYS) and (texts or not no_image):
         flags.append("--text-key " + (pasteable(quoted_for_shell(texts[0])) if texts else "KEY"))
-    return f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; name the right one: {' '.join(flags)}"
+    typos = [typo for key, known in ((images[:1], IMAGE_KEYS), (texts[:1], TEXT_KEYS)) if (typo := _typo(key, known))]
+    fix = f"if only this line has a typo, write {' and '.join(typos)}; otherwise " if typos else ""
+    return f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; {fix}name the right one: {' '.join(flags)}"
+
+
+def _typo(keys: list[str], known: Iterable[str]) -> str:
+    """Return the known key that is similar to the first of `keys`, as in "text" for 'txet', or ""."""
+    near = difflib.get_close_matches(keys[0].casefold(), known, 1, SIMILAR) if keys else []
+    return f'"{near[0]}" for {quoted(keys[0])}' if near and near[0] != keys[0] else ""
 
 
 def _question(rest: Entry, answered: bool) -> Entry:

@@ -86,8 +86,9 @@ def lines_by_reason(unused: Sequence[Unused]) -> list[str]:
     """
     firsts = {kind_of(one.reason): one for one in reversed(unused)}
     counts = Counter(kind_of(one.reason) for one in unused)
-    titles = {kind: f"an image that {kind}, first " if kind in IMAGE_FAULTS and counts[kind] > 1 else "" for kind in counts}
-    lines = [line_of_list(f"{count:,} × {titles[kind]}{firsts[kind]}") for kind, count in counts.most_common(LISTED)]
+    several = {kind: f" an image that {kind}, first " if kind in IMAGE_FAULTS else " such as " for kind in counts}
+    titles = {kind: several[kind] if counts[kind] > 1 else " " for kind in counts}
+    lines = [line_of_list(f"{count:,} ×{titles[kind]}{firsts[kind]}") for kind, count in counts.most_common(LISTED)]
     return lines + [f"… and {counted(len(counts) - LISTED, 'more reason')}"] * (len(counts) > LISTED)
 
 

@@ -29,7 +29,7 @@ from lora_blip.runtime.system_errors import file_error, is_system_error, reading
 FOLDER, TENSORS, STATE, BEST = CHECKPOINTS_NAME, "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # a file of the checkpoint is not there
-REMEDY = 'set TARGETS, R and VARIANT to the values of that run, or start a new run with RESUME = "off" (--resume off)'
+REMEDY = 'set MODEL, TARGETS, R and VARIANT to the values of that run, or start a new run with RESUME = "off" (--resume off)'
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
 def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
     """Return the reason for a skipped step: the first module whose output was not finite, or the overflow of a gradient."""
     if math.isfinite(update.loss):
-        return f"a gradient overflowed at loss scale {update.scale:g}"
+        return "a gradient overflowed" + (f" at loss scale {update.scale:g}" if update.scale != 1 else "")
     reasons = []
     for batch in batches:
         with uncompiled(task.backbone.model), autocast():

@@ -141,7 +141,8 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
 def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:
     """Return why this start does not resume the newest interrupted run, how to resume it, and the names of the older ones."""
     (saved, changed), *older = others
-    accept = f", or add --resume {saved.run} --allow-changed" * _can_be_accepted(changed)
+    has_base = not any(change.startswith("base weights") for change in changed)  # with another one, shapes may differ
+    accept = f", or add --resume {saved.run} --allow-changed" * (has_base and _can_be_accepted(changed))
     names = ", ".join(str(each.run) for each, _ in older[:NAMED]) + ", …" * (len(older) > NAMED)
     return (
         f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "

@@ -34,9 +34,8 @@ from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.tensorboard import summary_writer
 
-INTACT = (  # the end of the message about a full disk
-    ". The existing checkpoints are intact: {first}start again with the same settings to resume from the newest"
-)
+# the end of the message about a full disk
+INTACT = ". The existing checkpoints are intact: {first}start again with the same settings to resume from the newest"
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # entries of metrics.jsonl that TensorBoard does not show
 
 
@@ -214,17 +213,18 @@ class Run:
 
     def save_unfinished(self) -> None:
         """Save the current adapter so that the user can test it, and print how to resume the run."""
-        step, total = self.learner.progress.step, self.learner.progress.total
-        result = ""
-        if step:
+        progress, result = self.learner.progress, ""
+        if progress.step:
             try:
-                result = f" the current adapter is {self.save(step, finished=False)};"
+                result = f" the current adapter is {self.save(progress.step, finished=False)};"
             except AdapterError as error:  # B is zero, or a value is NaN
                 result = f" the current adapter is not saved: {error};"
         command = this_command(without=["--resume"], added=["--resume", str(self.folder)])
         how = f"to resume: {command}" if command else "start again with the same settings to resume"
+        if progress.skipped >= self.config.max_skipped:
+            how = "a resumed run would stop in the same way"
         with suppress(OSError):  # the terminal may be closed
-            print("\n" + printable(f"stopped after step {step} of {total};{result} {how}"))
+            print("\n" + printable(f"stopped after step {progress.step} of {progress.total};{result} {how}"))
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **extra: Any) -> Path:
         is_validated = self.last_scores.get("step", step) == step  # older checkpoints lack the step

@@ -145,7 +145,8 @@ class Session:
             fixes += ["set COMPILE = False (--no-compile)"] * self.config.compile
             raise TrainingError(
                 f"{counted(skipped, 'step')} in a row: skipped because a loss or gradient was not finite. "
-                f"The last reason: {self.run.last_skip}. To fix it, {', or '.join(fixes)}"
+                f"The last reason: {self.run.last_skip}. To fix it, start a new run (RESUME = 'off', --resume off), and in it "
+                f"{', or '.join(fixes)}"
             )
 
     # ---------------------------------------------------------------- between two steps
@@ -237,7 +238,8 @@ class Session:
         command = summary.next_command(self.task.name, run.folder, dataset.examples)
         print(f"next{' (for other images, change --images)' * ('--images' in command)}: {command}")
         sources = self.config.annotations, self.config.val_annotations
-        print(summary.evaluate_line(self.task.name, run.folder, *sources, dataset.examples))
+        reading = summary.reading_flags(self.config)
+        print(summary.evaluate_line(self.task.name, run.folder, *sources, dataset.examples, reading))
         run.delete_checkpoints()  # last: a run that is killed before this line can be resumed
 
 

@@ -3,9 +3,11 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lora_blip.config import TrainConfig
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
@@ -20,6 +22,7 @@ DEFAULT_IMAGES = "image_test"  # the default IMAGES of infer.py
 LONGEST = 2**20  # characters of the first line of references that are read
 TRAINING_IMAGES = "image_train"  # the images of the default ANNOTATIONS of train.py
 REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retrieval": "sentences.jsonl"}  # in image_test
+READING = ("image_root", "on_bad_data", "image_key", "text_key", "question_key", "answer_key")  # settings that evaluate has too
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
@@ -62,12 +65,14 @@ def base_score(metrics: Path, by: str) -> float | None:
     return None
 
 
-def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: str, examples: list[Example]) -> str:
+def evaluate_line(
+    task: str, folder: Path, annotations: str, val_annotations: str, examples: list[Example], reading: Sequence[str] = ()
+) -> str:
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
     The references are the validation file, the test.jsonl or val.jsonl beside the annotations that fits the task, or, for the
     demo's training images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl.
-    examples: the training lines.
+    examples: the training lines. reading: the result of `reading_flags`, for a file of the same format as the annotations.
     """
     source = Path(annotations)
     candidates = [source.with_name("test.jsonl"), source.with_name("val.jsonl")]
@@ -76,7 +81,8 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     existing = [path for path in candidates if path.is_file() and path != source and _asks(path) == (task == "vqa")]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
-    command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references])
+    flags = reading if val_annotations or (existing and existing[0].suffix == source.suffix) else ()
+    command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
         ""
         if val_annotations or existing
@@ -84,6 +90,12 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
     )
     images = "the validation images" if val_annotations else "images that training has not used"
     return printable(f"to score it on {images}{missing}: {command}")
+
+
+def reading_flags(config: TrainConfig) -> list[str]:
+    """Return the flags with which `evaluate` reads a file as this training does, such as the names of its columns."""
+    changed = {name: value for name in READING if (value := getattr(config, name)) != getattr(TrainConfig, name)}
+    return [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 def _asks(path: Path) -> bool:

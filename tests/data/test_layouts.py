@@ -71,6 +71,19 @@ def test_a_caption_file_in_windows_1252_is_read_and_reported(run, tmp_path, caps
         read_directly(folder)
 
 
+def test_a_caption_file_with_several_lines_is_one_caption_and_is_reported(run, tmp_path, capsys):
+    """Other tools write a caption in each line. A line break at the end is not another line."""
+    folder = photos(tmp_path / "set", "1.png", "2.png")
+    write(folder / "1.txt", "a red cube\n\na toy\n")
+    write(folder / "2.txt", "a cone\n")
+    for read_all in (lambda: pairs(run(folder)), lambda: read_directly(folder)):
+        assert sorted(read_all()) == [("1.png", "a red cube a toy"), ("2.png", "a cone")]
+        note = (
+            "1 text file with several lines, such as '1.txt': each file is one caption; if each line is a caption, write JSONL"
+        )
+        assert capsys.readouterr().out.count(note) == 1
+
+
 def test_each_image_has_the_caption_of_the_text_file_next_to_it(run, tmp_path):
     """kohya's layout: .txt or .caption, nested, with spaces in the names. Training reads it directly."""
     photos(tmp_path / "set", "10_sks dog/img 1.png", "10_sks dog/img 2.jpg", "b/c/3.webp", "b/4.png")

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,27 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
         read(write(folder / "x.jsonl", [{"nr": "3", "my bild": "a/1.JPG", "unterschrift": "ein Würfel"}]))
     with pytest.raises(DataError, match=r"has the keys 'words', 'n'; name the right one: --text-key words\n"):
         read(write(folder / "x.jsonl", [{"image": "1.png", "words": "a cube", "n": 3}]))
+
+
+@pytest.mark.parametrize(
+    ("line", "typo", "flag"),
+    [
+        ({"image": "1.png", "txet": "a"}, "write \"text\" for 'txet'", "--text-key txet"),
+        ({"imgae": "1.png", "text": "a"}, "write \"image\" for 'imgae'", "--image-key imgae"),
+        (
+            {"imgae": "1.png", "txet": "a"},
+            "write \"image\" for 'imgae' and \"text\" for 'txet'",
+            "--image-key imgae --text-key txet",
+        ),
+    ],
+)
+def test_a_misspelled_key_in_one_line_is_corrected_in_this_line(folder, line, typo, flag):
+    """A flag would make every other line wrong."""
+    path = write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, line])
+    with pytest.raises(
+        DataError, match=re.escape(f"if only this line has a typo, {typo}; otherwise name the right one: {flag}\n")
+    ):
+        read(path)
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,9 @@ def test_pixel_values_are_the_processor_s_to_the_last_bit(name):
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "F"])
 def test_every_mode_comes_out_as_the_processor_makes_it(mode):
     processor = BlipImageProcessorPil()
-    deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
-    image = to_rgb(deep if mode == "I;16" else noise(60, 45).convert(mode))
+    levels = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    deep = {"I;16": Image.fromarray(levels), "F": Image.fromarray(np.float32(levels / 600))}
+    image = to_rgb(deep[mode] if mode in deep else noise(60, 45).convert(mode))
     assert torch.equal(Pixels(processor)(image), theirs(processor, image))
     if mode in ("L", "P", "RGBA", "LA"):  # these modes were not converted to RGB before
         image = noise(60, 45).convert(mode)

@@ -76,7 +76,7 @@ def test_missing_and_broken_images_are_counted_together(folder, capsys, monkeypa
     assert rows[0] == "left out  34 lines" and len(rows) == 4
     assert rows[1].startswith(f"30 × an image that does not exist, first {path}:3: {folder / 'gone0.png'} does not exist")
     assert any(row.startswith(f"2 × an image that cannot be decoded, first {path}:33: ") for row in rows)
-    assert f"2 × {path}:36: the text is empty" in rows
+    assert f"2 × such as {path}:36: the text is empty" in rows
 
 
 def test_both_commands_count_the_entries_that_are_left_out(folder, capsys):

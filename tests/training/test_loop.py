@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from lora_blip.cli import run_command
 from lora_blip.config import TrainConfig
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.loader import DeviceBatch
@@ -158,7 +160,10 @@ def test_bf16_trains(checkpoints, tmp_path):
 def test_the_fix_for_skipped_steps_changes_a_setting_of_this_run(changes, fix):
     self: Any = SimpleNamespace(learner=Mock(), config=TrainConfig(max_skipped=2, **changes), run=Mock(last_skip="x"))
     self.learner.progress.skipped = 2
-    with pytest.raises(TrainingError, match=rf"2 steps in a row: .* To fix it, {fix}"):
+    with pytest.raises(
+        TrainingError,
+        match=rf"2 steps in a row: .* To fix it, start a new run \(RESUME = 'off', --resume off\), and in it {fix}",
+    ):
         Session.stop_after_skipped_steps(self)
 
 
@@ -449,14 +454,39 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/val.jsonl"
     validated = "to score it on the validation images"  # they chose the best weights
     assert summary.evaluate_line("vqa", run, lines, "a b.csv", demo) == f"{validated}{command}'a b.csv'"
+    columns = ["--image-key", "Datei"]
+    assert summary.evaluate_line("vqa", run, lines, "b.csv", demo, columns) == f"{validated}{command}b.csv --image-key Datei"
+    assert summary.evaluate_line("vqa", run, lines, "", demo, columns).endswith("val.jsonl --image-key Datei")
+    assert summary.evaluate_line("vqa", run, str(tmp_path / "train.csv"), "", demo, columns).endswith("val.jsonl")
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "", demo)
+
+
+def test_the_command_that_evaluates_reads_the_file_as_the_training_did(checkpoints, tmp_path, capsys, monkeypatch):
+    """Columns with other names and images in another folder: the printed command runs as it is."""
+    source = tiny.write_photos(tmp_path)
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    table = tmp_path / "tables" / "a.csv"
+    table.parent.mkdir()
+    table.write_text("Datei;Beschreibung\n" + "".join(f"{row['image']};{row['text']}\n" for row in rows))
+    config = settings(checkpoints["blip"], table, val_annotations=str(table), image_root=str(tmp_path))
+    config = replace(config, image_key="Datei", text_key="Beschreibung", on_bad_data="skip", max_steps=1, epochs=1)
+    monkeypatch.setattr("sys.argv", ["lora-blip"])
+    train(config)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("to score it on the validation"))
+    words = shlex.split(line.partition(": ")[2])
+    assert words[:2] == ["lora-blip", "evaluate"]
+    run_command(
+        "evaluate", [*words[2:], "--device", "cpu", "--train-annotations", "none", "--output-dir", str(tmp_path / "scores")]
+    )
+    assert (tmp_path / "scores" / "report.html").is_file()
 
 
 def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):
     run = object.__new__(Run)
     run.folder = tmp_path / "a run"
-    run.learner = SimpleNamespace(progress=SimpleNamespace(step=0, total=9))
+    run.config = TrainConfig(max_skipped=3)
+    run.learner = SimpleNamespace(progress=SimpleNamespace(step=0, total=9, skipped=0))
     run.bar = SimpleNamespace(close=lambda: None)
     for argv, end in (
         (["x/lora-blip", "train", "--resume", "old", "--lr=1"], f"to resume: lora-blip train --lr=1 --resume '{run.folder}'"),
@@ -465,6 +495,9 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch,
         monkeypatch.setattr("sys.argv", argv)
         run.save_unfinished()
         assert capsys.readouterr().out == f"\nstopped after step 0 of 9; {end}\n"
+    run.learner.progress.skipped = 3
+    run.save_unfinished()
+    assert capsys.readouterr().out == "\nstopped after step 0 of 9; a resumed run would stop in the same way\n"
 
 
 @pytest.mark.parametrize(("images", "warned"), [(0, False), (1, True), (19, True), (20, False)])

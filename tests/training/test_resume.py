@@ -409,6 +409,8 @@ def test_a_changed_run_is_refused_with_the_name_of_the_change(checkpoints, tmp_p
 def test_only_the_newest_interrupted_run_is_described():
     others = [(SimpleNamespace(run=Path(f"runs/{name}")), ["lr was 0.1 and is 0.2"]) for name in "abcde"]
     assert resume._note_on_others(others[:1]).endswith("add --resume runs/a --allow-changed")
+    other_base = [(others[0][0], ["base weights are not the same"])]
+    assert resume._note_on_others(other_base).endswith("To resume it, set these values back")
     note = resume._note_on_others(others)
     assert note.startswith("runs/a was interrupted") and note.count("because") == 1
     assert note.endswith(". Older interrupted runs with other settings: runs/b, runs/c, runs/d, …")
@@ -573,7 +575,7 @@ def test_with_allow_changed_a_run_resumes_or_names_the_reason(checkpoints, tmp_p
     if "best_by" in changes:
         assert train(changed).parent == only_run(config)
     else:
-        with pytest.raises(CheckpointError, match="set TARGETS, R and VARIANT to the values of that run"):
+        with pytest.raises(CheckpointError, match="set MODEL, TARGETS, R and VARIANT to the values of that run"):
             train(changed)
 
 

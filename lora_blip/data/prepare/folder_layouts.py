@@ -21,6 +21,7 @@ from lora_blip.runtime.untrusted import os_error_reason, parsed, printable, quot
 CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2dataset
 DEEPEST_FOLDER = 20  # largest number of levels of subfolders that are searched
 TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.xlsx", "*/*.csv", "*/*.json")  # files that may contain captions
+ONE_PER_LINE = 'if each line is a caption, write JSONL: {"image": "1.jpg", "captions": ["a cat", "a black cat"]}'
 TEMPLATE = "a photo of a {class}"
 CLASS, NAME = "{class}", "{name}"  # in a template: the name of the folder, and of the file
 PLACEHOLDER = re.compile(f"{CLASS}|{NAME}")
@@ -120,10 +121,11 @@ def caption_of(image: str, texts: set[str]) -> str:
 def captioned_entries(layout: Layout, notes: list[str]) -> Iterator[Located]:
     """Yield an entry for each image, or a reason if it has no text file.
 
-    Text files without an image are left out, and so are img2dataset's failed downloads. notes: gets a text about files that
-    are not UTF-8.
+    Text files without an image are left out, and so are img2dataset's failed downloads. notes: gets texts about files that
+    are not UTF-8, and about files with several lines.
     """
     other_encoding: list[str] = []
+    several_lines: list[str] = []
     with_image, without_image = set(), set(layout.texts)
     for image in layout.images:
         with_image.add(image.removesuffix(Path(image).suffix))
@@ -141,12 +143,19 @@ def captioned_entries(layout: Layout, notes: list[str]) -> Iterator[Located]:
             if (decoded := from_cp1252(text)) is not None:
                 text = decoded
                 other_encoding.append(name)
+            if "\n" in text.strip():
+                several_lines.append(name)
         except OSError as error:
             yield name, f"this file cannot be read ({os_error_reason(error)}); it should contain the caption of {image}"
         else:
             yield name, {"image": image, "text": text} if len(text) <= LONGEST else TOO_LONG
     files = counted(len(other_encoding), "text file")
     notes[:] = [f"{files}, such as {quoted(other_encoding[0])}: read as {CP1252}"] if other_encoding else []
+    if several_lines:
+        files = counted(len(several_lines), "text file")
+        notes.append(
+            f"{files} with several lines, such as {quoted(several_lines[0])}: each file is one caption; {ONE_PER_LINE}"
+        )
     for name in sorted(without_image):
         yield name, LeftOut("a text file without an image")
     for stem in sorted(layout.downloads):
