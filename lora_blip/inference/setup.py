@@ -161,9 +161,20 @@ def open_task(
         moved = "if this base was moved, give its new path: --model PATH (in Python: base=PATH)"
         raise MissingBaseError(f"{error}\nThe adapter {adapter.path} was trained on {name!r}; {moved}") from None
     task = task_of(backbone, adapter, config)
+    if adapter:
+        require_fit(backbone, adapter)
     if adapted and adapter:
         apply_adapter(task, adapter, config.merge if isinstance(config, InferConfig) else True)
     return task, precision
+
+
+def require_fit(backbone: Backbone, adapter: Adapter) -> None:
+    """Raise AdapterError if the adapter was trained on another base. The message gives the setting that loads that base."""
+    try:
+        adapter_file.check_fit(backbone.model, adapter)
+    except AdapterError as error:
+        own = ': MODEL = "" (--model ""; in Python: base=None)' * (backbone.name != adapter.base)
+        raise AdapterError(f"{error}{own * str(error).endswith('load that base')}") from None
 
 
 def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision: str = "fp32") -> None:
@@ -173,11 +184,7 @@ def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision
     """
     merge = merge and not quantization(task.backbone.model)
     with phase(f"loading {adapter.path}" + ", and merging it" * merge):
-        try:
-            adapter_file.load(task.backbone, adapter)
-        except AdapterError as error:
-            own = ': MODEL = "" (--model ""; in Python: base=None)' * (task.backbone.name != adapter.base)
-            raise AdapterError(f"{error}{own * str(error).endswith('load that base')}") from None
+        adapter_file.load(task.backbone, adapter)
         if merge:
             merging.bake(task.backbone.model)
     weights.cast_once(task.backbone, precision)

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_blip.config import TrainConfig
+from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import AdapterError, CheckpointError
+from lora_blip.evaluation.comparison import evaluate
 from lora_blip.inference.captioner import Captioner
+from lora_blip.inference.pipeline import infer
 from lora_blip.lora import adapter_file, injection
 from lora_blip.lora.sites import Site
 from lora_blip.lora.targets import parse
@@ -174,6 +176,17 @@ def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoin
 def test_another_base_at_inference_gives_the_setting_that_uses_the_base_of_the_adapter(first, checkpoints):
     with pytest.raises(AdapterError, match=r'load that base: MODEL = "" \(--model ""; in Python: base=None\)$'):
         Captioner.from_adapter(first[1], base=str(checkpoints["opt"]), device="cpu")
+
+
+def test_another_base_is_an_error_before_any_prediction(first, checkpoints, tmp_path, monkeypatch):
+    """`evaluate` scored the whole base first. No output folder is created."""
+    monkeypatch.setattr("lora_blip.evaluation.comparison.measure", None)
+    same = {"model": str(checkpoints["opt"]), "adapter": str(first[1]), "device": "cpu", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(AdapterError, match="load that base: MODEL = "):
+        evaluate(EvaluateConfig(references=first[0].annotations, train_annotations="none", **same))
+    with pytest.raises(AdapterError, match="load that base: MODEL = "):
+        infer(InferConfig(images=str(Path(first[0].annotations).parent / "photos"), **same))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_initial_adapter_is_described_without_its_digest():
