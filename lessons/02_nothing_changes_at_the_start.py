@@ -164,7 +164,7 @@ show(figure, "start")
 # Why is it lower in between? A change $\Delta A$ changes the output by $\frac{\alpha}{r} B \, \Delta A \, x$. With $B = 0$ at the
 # start, $B$ is small in the first steps, so training $A$ has little effect. A random $B$ is large from the start. The third run
 # tests this: with a frozen $A$, the mean loss of the steps 5 to 11 is higher than that of the second run. So a part
-# of the advantage comes from training $A$. The loss of the third run is then near that of the first run: at least 80 % of it.
+# of the advantage comes from training $A$. The mean loss of the third run is then at least 80 % of that of the first run.
 #
 # The cell asserts these comparisons of the three runs. They hold for the seeds 0, 1 and 2: `LESSON_SEED=1` chooses another seed.
 #

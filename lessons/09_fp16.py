@@ -97,9 +97,7 @@ SCALES = [2.0**power for power in range(-12, 29, 4)]
 zeros, errors = [], []
 for S in SCALES:
     outputs, adapters = gradients(batch, S, torch.float16)
-    assert torch.equal(
-        (S * exact_outputs).half() == 0, exact_outputs.abs() <= 2.0**-25 / S
-    )  # the equation, for gradients in float32
+    assert torch.equal((S * exact_outputs).half() == 0, exact_outputs.abs() <= 2.0**-25 / S)  # the equation, in float32
     assert torch.equal(S * exact_outputs / S, exact_outputs)  # a power of two rounds nothing
     zeros.append((outputs == 0).float().mean().item())
     errors.append(((adapters - exact_adapters).norm() / exact_adapters.norm()).item())  # inf or nan after an overflow

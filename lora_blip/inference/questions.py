@@ -95,7 +95,7 @@ def examples_to_predict(
         print(report)
     if not task.writes_text and not texts:
         fix = "set TEXTS (or --texts) to 'a red cube|a blue cube' or to a file"
-        raise OtherTaskError(f"the task retrieval ranks texts; {fix}", wanted="caption")
+        raise OtherTaskError(f"the task retrieval ranks texts; {fix}", wanted="vqa" if question else "caption")
     if not task.takes_question and question:
         raise OtherTaskError(
             f"question = {question!r}: the task {task.name} uses no question; set QUESTION (or --question) to '', or TASK "

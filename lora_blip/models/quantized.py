@@ -69,7 +69,7 @@ def choose(config: Any, name: str, base_dtype: str, trained: str = "") -> str:
     if chosen and (missing := [each for each in ("bitsandbytes", "accelerate") if find_spec(each) is None]):
         by_adapter = not stored and base_dtype == "auto"
         reason = "as in the training of the adapter" if by_adapter else f"in {chosen}"
-        other = '; or load it in full precision: BASE_DTYPE = "fp32" (lora-blip infer --base-dtype fp32)' if not stored else ""
+        other = '; or load it in full precision: BASE_DTYPE = "fp32" (--base-dtype fp32)' if not stored else ""
         raise ModelError(f"{name!r} is loaded {reason}, which needs {' and '.join(missing)}: {INSTALL}{other}")
     return chosen
 

@@ -137,9 +137,8 @@ class TextCount:
         if not isinstance(task, TextTask):
             return []
         cut = [self._describe_cut(task, what, examples)] if self.cut else []
-        return cut + [
-            f"{self.empty:,} of {self.total:,} {what} are empty; a longer training may help (EPOCHS, MAX_STEPS)"
-        ] * bool(self.empty)
+        empty = f"{self.empty:,} of {self.total:,} {what} are empty; "
+        return cut + [f"{empty}a longer training (EPOCHS) or a lower learning rate (LR) may help"] * bool(self.empty)
 
     def _describe_cut(self, task: TextTask, what: str, examples: Iterable[Example]) -> str:
         most = task.generation.max_new_tokens

@@ -149,7 +149,7 @@ def test_the_fix_is_a_number_that_the_model_has_room_for(make):
     count = TextCount().add([CutText("a"), "b", CutText("c"), " "])
     cut, empty = count.warnings(task, "texts")
     assert cut == "2 of 4 texts were cut after 10 tokens, before their end. Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20)"
-    assert empty == "1 of 4 texts are empty; a longer training may help (EPOCHS, MAX_STEPS)"
+    assert empty == "1 of 4 texts are empty; a longer training (EPOCHS) or a lower learning rate (LR) may help"
     assert "train longer (EPOCHS, MAX_STEPS)" in count.warnings(task, "texts", [example("a cube")])[0]
     assert "Set MAX_NEW_TOKENS" in count.warnings(task, "texts", [example("a cube " * 9)])[0]
     room = task.language.room("") + 1
