@@ -36,6 +36,15 @@ class PathLimits:
     fused_16bit: int  # scores of a 16-bit attention, from which PyTorch's fused kernel is faster than separate operations
     by_heads: int  # scores of a 16-bit attention of a ViT, from which `vit.by_heads` is faster than `sdpa.attend`
 
+    def selection(self) -> str:
+        """Return the fast paths that a run with these limits takes, without the limits."""
+        paths = {
+            "float32 products by oneDNN": self.onednn, "fused updates": self.fused,
+            "16-bit attention by PyTorch's fused kernel": self.fused_16bit, "16-bit attention by heads": self.by_heads,
+        }  # fmt: skip
+        used = [f"{'large ' * (limit > 0)}{name}" for name, limit in paths.items() if limit < NEVER]
+        return f"fast paths for {self.processor} (docs/fast_paths.md): {', '.join(used) or 'none'}"
+
     def __str__(self) -> str:
         return (
             f"fast paths by the limits of {self.processor}, in millions of multiplications: oneDNN from "

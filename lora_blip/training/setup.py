@@ -151,7 +151,7 @@ def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches,
     inputs.identity["learned from"] = caching.cached_inputs(config, prefix)
     attached.fast(backbone.model, config.fast)
     if config.fast and backbone.device.type == "cpu":
-        print(printable_lines(f"{paths.row()}\n"), end="")
+        print(printable_lines(f"{paths.row().selection()}\n"), end="")
     if config.base_dtype == "auto" or quantization(backbone.model):
         weights.cast_once(backbone, inputs.precision)
     if config.shard:

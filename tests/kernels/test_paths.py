@@ -119,3 +119,13 @@ def test_a_row_of_an_older_version_keeps_its_paths():
     for separate, limit, by_heads in ((True, NEVER, ROW.by_heads), (False, 0, NEVER)):
         old = {name: value for name, value in VALID.items() if name != "fused_16bit"} | {"separate_16bit": separate}
         assert paths.from_json(old | {"processor": "x"}) == replace(ROW, processor="x", fused_16bit=limit, by_heads=by_heads)
+
+
+def test_the_line_of_a_run_names_the_paths_without_their_limits():
+    row = replace(ROW, processor="AuthenticAMD 26", onednn=2**20, fused=0, fused_16bit=NEVER, by_heads=NEVER)
+    assert (
+        row.selection()
+        == "fast paths for AuthenticAMD 26 (docs/fast_paths.md): large float32 products by oneDNN, fused updates"
+    )
+    never = replace(row, onednn=NEVER, fused=NEVER)
+    assert never.selection() == "fast paths for AuthenticAMD 26 (docs/fast_paths.md): none"
