@@ -113,6 +113,11 @@ def time_left(seconds: float) -> str:
     return f", about {seconds / each:.0f} {unit} left" if seconds > 0 else ""
 
 
+def remaining_time(elapsed: float, done: int, remaining: int) -> str:
+    """Return `time_left` for `remaining` steps, if `done` steps took `elapsed` seconds. Return "" if none is done."""
+    return time_left(elapsed / done * remaining) if done > 0 else ""
+
+
 def track(items: Iterable[T], name: str, total: int, unit: str = "", delay: float = 0.0) -> Iterator[T]:
     """Yield the items and show how many of `total` are done."""
     with ProgressMeter(name, total, unit, delay=delay) as progress:

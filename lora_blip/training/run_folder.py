@@ -23,7 +23,7 @@ from lora_blip.runtime.command_line import this_command
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import FULL, make_whole, open_to_append, room_for, sweep, unused_path, write_new, write_whole
-from lora_blip.runtime.progress import phase, time_left
+from lora_blip.runtime.progress import phase, remaining_time
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME, run_name
 from lora_blip.runtime.settings import stored_settings
 from lora_blip.runtime.system_errors import sync, writing
@@ -148,7 +148,7 @@ class Run:
         """Advance the progress bar. Every `log_every` steps, write a line of metrics.jsonl."""
         self.images += images
         self.bar.update(1)
-        if not self.main or (step % self.config.log_every and step != self.bar.total and step != 1):
+        if not self.main or (step % self.config.log_every and step not in (1, self.bar.total)):
             return
         now = time.perf_counter()
         entry = {
@@ -160,9 +160,9 @@ class Run:
             entry["loss_scale"] = update.scale
         self.images, self.logged = 0, now
         self._write(entry)
-        figures = f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s"
-        self.bar.set_postfix_str(figures)
-        self.figures = figures + time_left((now - self.started) / step * (self.bar.total - step))
+        self.bar.set_postfix_str(figures := f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s")
+        done = step - self.bar.initial - self.config.compile  # in this process, without the step that compiles
+        self.figures = figures + remaining_time(now - self.started, done, self.bar.total - step)
         if self.bar.disable and (step % (10 * self.config.log_every) == 0 or step in (1, self.bar.total)):
             print(f"step {step}/{self.bar.total}  {self.figures}")
 

@@ -482,6 +482,27 @@ def test_the_command_that_evaluates_reads_the_file_as_the_training_did(checkpoin
     assert (tmp_path / "scores" / "report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("first", "compiled", "step", "text"),
+    [
+        (0, False, 1, ", about 9 s left"),
+        (900, False, 910, ", about 90 s left"),
+        (0, True, 1, ""),
+        (900, True, 902, ", about 98 s left"),
+    ],
+)
+def test_the_remaining_time_counts_the_steps_of_this_process(monkeypatch, first, compiled, step, text):
+    """A resumed run has done only its own steps. The step that compiles is not counted."""
+    run, total = object.__new__(Run), 10 if first == 0 else 1000
+    run.main, run.config, run.images, run.started, run.logged = True, TrainConfig(log_every=1, compile=compiled), 8, 0.0, 0.0
+    run.bar = SimpleNamespace(update=lambda _: None, set_postfix_str=lambda _: None, initial=first, total=total, disable=False)
+    steps = step - first - compiled
+    monkeypatch.setattr(run, "_write", lambda _: None)
+    monkeypatch.setattr("time.perf_counter", lambda: float(max(steps, 1)))  # a second for each step
+    run.log_step(step, 0, SimpleNamespace(loss=1.0, grad_norm=1.0, scale=1), 0.1, 8)
+    assert run.figures.partition(" images/s")[2] == text
+
+
 def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):
     run = object.__new__(Run)
     run.folder = tmp_path / "a run"
