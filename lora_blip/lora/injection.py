@@ -28,7 +28,10 @@ from lora_blip.lora.save_guard import guard
 from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, modules_of, name_of
 from lora_blip.lora.targets import find
 from lora_blip.lora.variants import check_decomposable
+from lora_blip.runtime.process_state import PROCESS_STATE
 from lora_blip.runtime.untrusted import quoted
+
+ROUNDING = 1.001  # of the largest value that torch.nn.init.kaiming_uniform_ can draw
 
 
 def inject(
@@ -74,7 +77,9 @@ def inject(
     for lora in present.values():
         lora.dropout = dropout
     if not present:
-        put(model, sites, dropout, name)
+        with PROCESS_STATE:
+            put(model, sites, dropout, name)
+        _check_start(model, name)
     freeze(model)
     return adapters(model, name)
 
@@ -95,6 +100,18 @@ def put(model: nn.Module, sites: Iterable[Site], dropout: float, name: str, valu
     share_routing(model)
     add_fused_hooks(model)
     guard(model)
+
+
+def _check_start(model: nn.Module, name: str) -> None:
+    """Remove a new adapter and raise LoRAError if an A does not have its random values, so that it would not learn."""
+    for address, lora in adapters(model, name).items():
+        largest = lora.A.detach().abs().max()
+        if not lora.A.is_meta and not 0 < largest.item() <= lora.A.shape[1] ** -0.5 * ROUNDING:
+            eject(model, name)
+            raise LoRAError(
+                f"A of {quoted(address)} has no random values, because torch.nn.init is off: another thread loads a model "
+                "with transformers; call inject after that"
+            )
 
 
 def remove(linear: Any, keys: Iterable[str]) -> None:

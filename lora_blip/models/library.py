@@ -1,8 +1,6 @@
 """Call modules of transformers with checked argument names, and suppress its messages."""
 
 import inspect
-import os
-import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -14,11 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from lora_blip.errors import ModelError
 from lora_blip.kernels.signatures import version_of
+from lora_blip.runtime.process_state import PROCESS_STATE
 from lora_blip.runtime.untrusted import printable
 
-LOADING = threading.RLock()  # held in a block of `Quiet`
-if hasattr(os, "register_at_fork"):  # a forked process inherits neither a locked lock nor a library that is half changed
-    os.register_at_fork(before=LOADING.acquire, after_in_parent=LOADING.release, after_in_child=LOADING.release)
 UNCHECKED = {"use_cache"}  # changes no result; a model may accept it in **kwargs and pass it to its language model
 
 
@@ -53,8 +49,7 @@ def first_line(error: Exception) -> str:
 class Quiet(warnings.catch_warnings):
     """Suppress transformers' warnings while a checkpoint is loaded. Only a download shows progress bars.
 
-    One thread at a time is in such a block. Its settings, and those that `from_pretrained` changes while it runs, belong to the
-    whole process: two threads that load models at the same time would restore each other's, and weights would be missing.
+    One thread at a time is in such a block (see `runtime.process_state`).
     """
 
     def __init__(self, source: str) -> None:
@@ -62,7 +57,7 @@ class Quiet(warnings.catch_warnings):
         self.local = Path(source).is_dir()
 
     def __enter__(self) -> None:
-        LOADING.acquire()
+        PROCESS_STATE.acquire()
         super().__enter__()
         warnings.simplefilter("ignore")
         self.level = transformers_logging.get_verbosity()
@@ -78,4 +73,4 @@ class Quiet(warnings.catch_warnings):
                 transformers_logging.enable_progress_bar()
             super().__exit__(*error)
         finally:
-            LOADING.release()
+            PROCESS_STATE.release()

@@ -55,7 +55,7 @@ class Run:
         """
         self.config, self.learner, self.identity, self.main = config, learner, identity, learner.ranks.main
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
-        self.images = 0  # images since the last line of metrics.jsonl
+        self.images, self.earlier = 0, learner.progress.step  # images since the last logged step; steps of earlier processes
         self.last_scores: dict[str, Any] = {}  # scores of the last validation, and its step
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
@@ -161,7 +161,7 @@ class Run:
         self.images, self.logged = 0, now
         self._write(entry)
         self.bar.set_postfix_str(figures := f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s")
-        done = step - self.bar.initial - self.config.compile  # in this process, without the step that compiles
+        done = step - self.earlier - self.config.compile  # in this process, without the step that compiles
         self.figures = figures + remaining_time(now - self.started, done, self.bar.total - step)
         if self.bar.disable and (step % (10 * self.config.log_every) == 0 or step in (1, self.bar.total)):
             print(f"step {step}/{self.bar.total}  {self.figures}")

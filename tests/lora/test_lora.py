@@ -3,12 +3,14 @@
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora import attached, injection, merging, targets
@@ -16,6 +18,7 @@ from lora_blip.lora.fused import fused_hook, fused_pre_hook
 from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.lora.sites import Site, tied
+from lora_blip.models.library import Quiet
 from tests.support.models import inject, logits_of
 
 
@@ -27,6 +30,31 @@ def test_a_fresh_adapter_changes_no_bit(backbone):
     for x in adapters.values():
         bound = 1 / x.A.shape[1] ** 0.5  # Kaiming-uniform with a = sqrt(5)
         assert x.A.abs().max() <= bound and x.A.std() > 0.4 * bound and not x.B.any()
+
+
+def test_an_adapter_whose_a_was_not_drawn_is_refused(backbone):
+    """transformers turns torch.nn.init off in the process while another thread loads a model. A would be random memory."""
+    before = logits_of(backbone)
+    with no_init_weights(), pytest.raises(LoRAError, match=r"A of 'vision.* has no random values, .*; call inject after that$"):
+        inject(backbone, trained=False)
+    assert not attached.adapters(backbone.model) and torch.equal(logits_of(backbone), before)
+    assert inject(backbone, trained=False)
+
+
+def test_inject_waits_for_a_base_that_another_thread_loads(make):
+    """Otherwise torch.nn.init would be off."""
+    backbone, loading, injected = make("blip"), threading.Event(), threading.Event()
+
+    def load() -> None:
+        with Quiet("."), no_init_weights():
+            loading.set()
+            assert not injected.wait(0.2)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert loading.wait(10) and inject(backbone, trained=False)
+    injected.set()
+    thread.join()
 
 
 def test_the_hook_adds_the_update_of_the_equation():

@@ -495,7 +495,8 @@ def test_the_remaining_time_counts_the_steps_of_this_process(monkeypatch, first,
     """A resumed run has done only its own steps. The step that compiles is not counted."""
     run, total = object.__new__(Run), 10 if first == 0 else 1000
     run.main, run.config, run.images, run.started, run.logged = True, TrainConfig(log_every=1, compile=compiled), 8, 0.0, 0.0
-    run.bar = SimpleNamespace(update=lambda _: None, set_postfix_str=lambda _: None, initial=first, total=total, disable=False)
+    run.bar = SimpleNamespace(update=lambda _: None, set_postfix_str=lambda _: None, total=total, disable=False)
+    run.earlier = first
     steps = step - first - compiled
     monkeypatch.setattr(run, "_write", lambda _: None)
     monkeypatch.setattr("time.perf_counter", lambda: float(max(steps, 1)))  # a second for each step
