@@ -76,9 +76,9 @@ def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -
     Call `on_dark` if no pixel of the result is brighter than DARK. Raise UnreadableError for floats above MOST, such as 0
     to 255: they would become white.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode == "F" and values.size and values.max() > MOST:
-        largest = values.max()
+    levels = np.asarray(image, dtype=np.float64)
+    values, largest = np.nan_to_num(levels), np.max(levels, initial=0, where=np.isfinite(levels))
+    if image.mode == "F" and largest > MOST:
         white = 255 if largest <= 255 else 65535 if largest <= 65535 else "the value of white"
         fix = f"divide them by {white}, or save the image with 8 bits"
         raise UnreadableError(f"its values are floats up to {largest:.4g}, and 1 is white; {fix}")
