@@ -144,6 +144,8 @@ def test_the_newest_run_of_the_wanted_task_is_named(checkpoints, here, monkeypat
     Path("captions.jsonl").write_text('{"image": "photos/0.png", "text": "a cube"}\n')
     errors = run(monkeypatch, capsys, "evaluate", "--references", "captions.jsonl", "--device", "cpu")[2]
     assert "no question: the task is vqa" in errors and f". {newest}. {other}\n" in errors
+    own = "the adapter lora_blip_output/2_vqa/adapter.safetensors is for the task vqa; give references of this task, or another"
+    assert own in errors and "--model" not in errors  # another base would not fit the adapter
     errors = run(monkeypatch, capsys, "infer", "--images", "photos", "--adapter", "lora_blip_output/2_vqa", "--device", "cpu")[
         2
     ]

@@ -167,7 +167,7 @@ def check_columns(config: Any, *settings: str) -> None:
     """Call `refuse_unknown_columns` for the files in these settings of a command."""
     for setting in settings:
         if source := getattr(config, setting):
-            with of_two_files(source, setting):
+            with of_two_files(source, setting, config):
                 refuse_unknown_columns(source, keys_of(config), setting)
 
 

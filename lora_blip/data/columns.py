@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry
 from lora_blip.errors import DataError
@@ -45,9 +46,10 @@ def meant(ours: str, name: str, header: Sequence[str]) -> str:
 
 
 @contextmanager
-def of_two_files(source: str | Path, setting: str = "val_annotations") -> Iterator[None]:
-    """Add to an error about the columns of the validation file how to convert it: the flags name the columns of both files.
+def of_two_files(source: str | Path, setting: str = "val_annotations", config: Any = None) -> Iterator[None]:
+    """Add to an error about the columns of the validation file how to convert a file: the flags name the columns of both files.
 
+    If `config` names columns, they are those of ANNOTATIONS, which is then converted. Otherwise, the validation file is.
     setting: the setting that names the file. If it is not val_annotations, the error does not change.
     """
     try:
@@ -55,6 +57,15 @@ def of_two_files(source: str | Path, setting: str = "val_annotations") -> Iterat
     except DataError as error:
         if setting != "val_annotations" or not (match := UNKNOWN.search(str(error))):
             raise
+        names = ("image_key", "text_key", "question_key", "answer_key", "image_root")
+        given = {name: value for name in names if (value := getattr(config, name, ""))}
+        if given.keys() - {"image_root"}:
+            flags = " ".join(f"--{name.replace('_', '-')} {quoted_for_shell(value)}" for name, value in given.items())
+            raise DataError(
+                f"{error}\nthe columns that you name are those of ANNOTATIONS too; if they are not those of this file, convert "
+                'ANNOTATIONS, set ANNOTATIONS = "prepared/train.jsonl", and name no columns:\nlora-blip prepare --source '
+                f"{quoted_for_shell(config.annotations)} {flags} --splits 1 --output-dir prepared"
+            ) from None
         command = f"lora-blip prepare --source {quoted_for_shell(str(source))} --splits 1 --output-dir prepared"
         raise DataError(
             f"{error}\nsuch flags name the columns of ANNOTATIONS too; if its columns have other names, convert this file, and "

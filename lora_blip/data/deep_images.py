@@ -13,7 +13,7 @@ from lora_blip.runtime.counts import counted, first_names
 from lora_blip.runtime.untrusted import UnreadableError
 
 BITS, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # TIFF's tags, and the sample format of signed integers
-MOST = 2.0  # largest value of floats whose white is 1; brighter pixels are clipped, for example highlights
+MOST = 2.0  # if most floats are larger, 1 is not white; otherwise, larger ones are highlights, which are clipped
 DARK = 32  # grey level; an image without a brighter pixel is nearly black
 LISTED = 3  # names in a warning
 
@@ -73,14 +73,14 @@ def highest_value(image: Image.Image) -> float:
 def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -> Image.Image:
     """Return 8-bit grey: 0 stays 0, `highest` becomes 255, and values outside are clipped. Transparent pixels become white.
 
-    Call `on_dark` if no pixel of the result is brighter than DARK. Raise UnreadableError for floats above MOST, such as 0
-    to 255: they would become white.
+    Call `on_dark` if no pixel of the result is brighter than DARK. Raise UnreadableError if most
+    floats are above MOST, such as 0 to 255: they would become white.
     """
-    levels = np.asarray(image, dtype=np.float64)
-    values, largest = np.nan_to_num(levels), np.max(levels, initial=0, where=np.isfinite(levels))
-    if image.mode == "F" and largest > MOST:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    if image.mode == "F" and np.sum(values > MOST) > np.sum(values > 0) / 2:
+        largest = np.max(values, initial=0, where=values < np.finfo(np.float32).max)
         white = 255 if largest <= 255 else 65535 if largest <= 65535 else "the value of white"
-        fix = f"divide them by {white}, or save the image with 8 bits"
+        fix = f"divide them by {white}, or save the image with 8 bits; if 1 is white, clip them at 1"
         raise UnreadableError(f"its values are floats up to {largest:.4g}, and 1 is white; {fix}")
     transparent_value = image.info.get("transparency")
     is_transparent = values == transparent_value if isinstance(transparent_value, int) else None

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unicodedata import category
 
@@ -132,15 +132,23 @@ def _keys_to_name(rest: Entry, no_image: bool) -> str:
     flags = ["--image-key " + (pasteable(quoted_for_shell(images[0])) if images else "KEY")] * no_image
     if rest.keys().isdisjoint(TEXT_KEYS) and (texts or not no_image):
         flags.append("--text-key " + (pasteable(quoted_for_shell(texts[0])) if texts else "KEY"))
-    typos = [typo for key, known in ((images[:1], IMAGE_KEYS), (texts[:1], TEXT_KEYS)) if (typo := _typo(key, known))]
+    has_text = "question" in rest or not rest.keys().isdisjoint(TEXT_KEYS)
+    absent = (*(IMAGE_KEYS if no_image else ()), *(() if has_text else (*TEXT_KEYS, "question")))
+    typos = [typo for key in rest if (typo := _typo(key, absent))]
+    asks = not rest.keys().isdisjoint(("question", *ANSWER_KEYS))  # a flag for the text would make it a caption
+    flags = [flag for flag in flags if not (asks and flag.startswith("--text-key"))]
+    if typos and not flags:
+        return f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; write {' and '.join(typos)}"
     fix = f"if only this line has a typo, write {' and '.join(typos)}; otherwise " if typos else ""
     return f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; {fix}name the right one: {' '.join(flags)}"
 
 
-def _typo(keys: list[str], known: Iterable[str]) -> str:
-    """Return the known key that is similar to the first of `keys`, as in "text" for 'txet', or ""."""
-    near = difflib.get_close_matches(keys[0].casefold(), known, 1, SIMILAR) if keys else []
-    return f'"{near[0]}" for {quoted(keys[0])}' if near and near[0] != keys[0] else ""
+def _typo(key: str, absent: Sequence[str]) -> str:
+    """Return which of the absent keys a key may misspell, as in "text" for 'txet', or ""."""
+    near = (
+        [] if key in (*TEXT_KEYS, *ANSWER_KEYS, "question") else difflib.get_close_matches(key.casefold(), absent, 1, SIMILAR)
+    )
+    return f'"{near[0]}" for {quoted(key)}' if near else ""
 
 
 def _question(rest: Entry, answered: bool) -> Entry:

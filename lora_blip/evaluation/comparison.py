@@ -98,7 +98,14 @@ def other_task_named(config: EvaluateConfig, adapter: Adapter | None) -> Iterato
         yield
     except DataError as error:
         wanted = "caption" if NO_QUESTION in str(error) else "vqa" if IS_QUESTION in str(error) else ""
-        raise DataError(f"{error}{advice(wanted, config.adapter, adapter) if wanted else ''}") from None
+        if not wanted:
+            raise
+        text = str(error)
+        if adapter:  # the end of the message is about training
+            start = text.partition(NO_QUESTION if wanted == "caption" else IS_QUESTION)
+            own = f"the adapter {adapter.path} is for the task {adapter.task.get('name')}; give references of this task"
+            text = printable(f"{start[0]}{start[1]}{own}, or another adapter")
+        raise DataError(f"{text}{advice(wanted, config.adapter, adapter)}") from None
 
 
 def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapter | None = None) -> list[Example]:

@@ -1,6 +1,6 @@
 """Check the texts that Python callers pass to a `Captioner`: questions, texts to rank, and arguments in the wrong order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -78,20 +78,23 @@ def refuse_swapped(images: Any, texts: Any, call: str) -> None:
         looks_like_image(first_text) if isinstance(first_text, str) else isinstance(first_text, SINGLE) or is_file(first_text)
     )
     if is_text and is_image:
-        shown = repr(first_text) if isinstance(first_text, str | Path) else f"of type {type(first_text).__name__}"
-        raise InputError(f"the arguments are swapped: {first_image!r} is a text, and the image is {shown}; call {call}")
+        shown = quoted(str(first_text)) if isinstance(first_text, str | Path) else f"of type {type(first_text).__name__}"
+        raise InputError(f"the arguments are swapped: {quoted(first_image)} is a text, and the image is {shown}; call {call}")
 
 
 def checked_questions(question: Any) -> tuple[list[str], bool]:
-    """Return the questions, and True if `question` is one text and not a list. Raise InputError for anything else."""
-    if not isinstance(question, str | Iterable):
+    """Return the questions with one space between words, and True if `question` is one text and not a list.
+
+    Raise InputError for anything else.
+    """
+    if not isinstance(question, str | Iterable) or isinstance(question, Mapping):
         raise InputError(f"the question is of type {type(question).__name__}; expected a text, as in {CALLS['vqa']}")
     questions = [question] if isinstance(question, str) else list(question)
     for position, each in enumerate(questions):
         if not isinstance(each, str) or not each.strip():
             name = "the question" if isinstance(question, str) else f"question {position}"
             raise InputError(f"{name} is {quoted(each)}; expected a text, as in {CALLS['vqa']}")
-    return questions, isinstance(question, str)
+    return [*map(plain, questions)], isinstance(question, str)
 
 
 def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) -> list[str]:
@@ -100,8 +103,12 @@ def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) ->
     kind: "adapter" or "model", for messages. The tokenizer of the task is used, and it is not thread-safe.
     """
     call = CALLS["retrieval"]
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise InputError(f"texts is {texts!r}; give a list, as in {call}")
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is {quoted(texts)}; give a list, as in {call}")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"texts[{position}] is {quoted(text)}: expected a text")
     checked: list[str] = list(dict.fromkeys(texts))
     if not checked:
         raise InputError(f"texts is empty; give at least one, as in {call}")
@@ -109,11 +116,16 @@ def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) ->
         raise InputError(f"this {kind} answers questions, so it ranks answers; give their question: {RANK_ANSWERS}")
     if question and not task.takes_question:
         raise InputError(f"this {kind} {VERBS[task.name]} and uses no question; call {call}")
-    if question and (reason := cast(Any, task).check_question(example_of("", plain(question)))):
+    if question and (reason := cast(Any, task).check_question(example_of("", question))):
         raise InputError(f"the question cannot be used: {reason}")
-    for position, text in enumerate(checked):
-        is_text = isinstance(text, str) and text.strip()
-        example = replace(example_of("", plain(question)), text=text, answers=(text,))
-        if reason := task.check(example) if is_text else "expected a text":
-            raise InputError(f"texts[{position}] is {quoted(text)}: {reason}")
+    for text in checked:
+        if reason := task.check(replace(example_of("", question), text=text, answers=(text,))):
+            raise InputError(f"texts[{texts.index(text)}] is {quoted(text)}: {reason}")
     return checked
+
+
+def checked_question(question: Any) -> str:
+    """Return a question with one space between words, or "". Raise InputError if it is not a text."""
+    if not isinstance(question, str):
+        raise InputError(f"the question is of type {type(question).__name__}; expected a text: {RANK_ANSWERS}")
+    return plain(question)

@@ -1,6 +1,5 @@
 """Define `Captioner`, the Python interface for captions, answers and rankings. Several threads can share one."""
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -8,19 +7,19 @@ from typing import Any, Literal, overload
 import torch
 
 from lora_blip.config import InferConfig
-from lora_blip.data.annotations import plain
 from lora_blip.errors import InputError, LoRAError
 from lora_blip.inference.arguments import (
     CALLS,
     OTHERS,
     VERBS,
+    checked_question,
     checked_questions,
     checked_texts,
     refuse_base,
     refuse_more,
     refuse_more_texts,
     refuse_swapped,
-)  # fmt: skip
+)
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, each_of, name_of, snapshot
 from lora_blip.inference.image_requests import predict_requests
@@ -35,6 +34,7 @@ from lora_blip.lora.sites import name_of as owner_of
 from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import dtype_of
 from lora_blip.runtime.counts import counted
+from lora_blip.runtime.terminal import print_on_stderr
 from lora_blip.tasks.base import PredictionTask
 
 Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # several images, each an ImageInput
@@ -209,7 +209,7 @@ class Captioner:
         if len(questions) != len(listed):
             counts = f"{counted(len(listed), 'image')} and {counted(len(questions), 'question')}"
             raise InputError(f"{counts}; give 1 question, or one for each image")
-        requests = ((*each, plain(text)) for each, text in zip(listed, questions, strict=True))
+        requests = ((*each, text) for each, text in zip(listed, questions, strict=True))
         predictions = list(self._predict(requests, [], strict))
         return predictions[0] if one_image and one_question else predictions
 
@@ -231,7 +231,8 @@ class Captioner:
         """
         refuse_more_texts(texts, others)
         refuse_swapped(images, texts, CALLS["retrieval"])
-        texts, question = self._checked_texts(texts, question), plain(question)
+        question = checked_question(question)
+        texts = self._checked_texts(texts, question)
         listed, single = as_list(images)
         predictions = list(self._predict(((*each, question) for each in listed), texts, strict))
         return predictions[0] if single else predictions
@@ -247,9 +248,10 @@ class Captioner:
         >>> import itertools
         >>> first = next(captioner.stream(itertools.repeat("image_test/000.png")))
         """
+        question = checked_question(question)
         if not texts:
             self._require("vqa" if question else "caption")
-        texts, question = self._checked_texts(texts, question) if texts else [], plain(question)
+        texts = self._checked_texts(texts, question) if texts else []
         named = ((name_of(each, n), each) for n, each in enumerate(each_of(images)))
         requests = ((check_input(each, name), snapshot(each, name), question) for name, each in named)
         yield from self._predict(requests, texts, strict)
@@ -293,8 +295,3 @@ class Captioner:
                 "an adapter is merged into the base that this captioner uses; call lora_blip.restore(backbone) first, or open "
                 "the captioner on another base"
             )
-
-
-def print_on_stderr(line: str) -> None:
-    """Print a line on stderr: the caller's program may write results to stdout."""
-    print(line, file=sys.stderr, flush=True)

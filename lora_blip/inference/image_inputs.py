@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from lora_blip.data.images import LARGEST, LARGEST_FILE, open_image, to_rgb, upright
 from lora_blip.errors import ImageError, InputError
-from lora_blip.runtime.untrusted import UnreadableError, printable, shorten
+from lora_blip.runtime.untrusted import LONGEST_QUOTE, UnreadableError, is_too_long, printable, shorten
 from lora_blip.runtime.user_paths import local_path
 
 
@@ -139,6 +140,8 @@ def check_input(image: Any, name: str) -> str:
 
 
 def _check_shape(image: Any, name: str) -> None:
+    if isinstance(image, Tensor) and (image.is_meta or image.is_quantized or image.is_nested or image.layout != torch.strided):
+        raise InputError(f"{name} is a tensor that is sparse, nested, quantized or without values; give a dense one")
     shape, kind = tuple(image.shape), "a tensor" if isinstance(image, Tensor) else "an array"
     if len(shape) == 4:
         raise InputError(f"{name} is {kind} of shape {shape}; for a batch, give a list of images: list(images)")
@@ -198,9 +201,9 @@ def open_input(image: Any, name: str) -> Image.Image:
     """Return a checked image as upright RGB. Raise ImageError if a file or bytes cannot be read."""
     if isinstance(image, str | Path):
         if str(image).startswith(("http://", "https://")):
-            raise ImageError(
-                printable(f"{image} is a web address, and lora_blip downloads no images; download it first: curl -O {image}")
-            )
+            name, fix = shorten(str(image)), f": curl -O {image}" * (len(str(image)) <= LONGEST_QUOTE)
+            reason = f"{name} is a web address, and lora_blip downloads no images; download it first{fix}"
+            raise ImageError(printable(reason))
         path = local_path(str(image))
         _check_path(path)
         return open_image(path)
@@ -215,6 +218,8 @@ def _check_path(path: str) -> None:
     """Raise ImageError with a fix if a text is not the path of one file: empty, a data URL, a folder or a glob."""
     if not path:
         raise ImageError("the path of the image is empty; give the path of a file")
+    if is_too_long(path):
+        raise ImageError(f"{shorten(path)} does not exist: the name is too long for a path")
     if path.startswith("data:"):
         raise ImageError("the image is a data URL; give its bytes: base64.b64decode(url.partition(',')[2])")
     is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises OSError for a path that is too long)

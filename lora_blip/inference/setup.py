@@ -38,7 +38,7 @@ from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.system_errors import quoted_for_shell
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.untrusted import is_too_long, printable
 from lora_blip.tasks.base import Generation, PredictionTask
 from lora_blip.tasks.registry import TASKS, default_task
 
@@ -126,7 +126,7 @@ def read_adapter(adapter: str | Path) -> Adapter:
     try:
         return adapter_file.read(runs.locate(adapter))
     except AdapterError as error:
-        if not isinstance(adapter, str | Path):
+        if not isinstance(adapter, str | Path) or is_too_long(str(adapter)):
             raise
         looks_like_base = (Path(adapter) / "config.json").is_file() or HUB_NAME.fullmatch(str(adapter))
         if not looks_like_base or Path(adapter).is_file() or Path(adapter).parent == runs.RUNS:

@@ -5,6 +5,7 @@ import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -90,6 +91,13 @@ class SharedBase:
 
 def check_settings(backbone: Backbone, config: InferConfig) -> None:
     """Raise InputError for a device, an image size, a dtype or kernels that a base loaded by the caller does not have."""
+    model = backbone.model
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(
+                f"{name!r} of the loaded base has no values (it is on the meta device); load the base again, while no other "
+                "thread calls from_pretrained of transformers"
+            )
     kind, _, number = config.device.partition(":")
     device = next(backbone.model.parameters()).device
     if config.device != "auto" and (kind != device.type or (number and number != str(device.index or 0))):

@@ -1,6 +1,7 @@
 """Call modules of transformers with checked argument names, and suppress its messages."""
 
 import inspect
+import time
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lora_blip.errors import ModelError
@@ -15,6 +17,7 @@ from lora_blip.kernels.signatures import version_of
 from lora_blip.runtime.process_state import PROCESS_STATE
 from lora_blip.runtime.untrusted import printable
 
+LONGEST_WAIT = 30.0  # seconds; the construction of a large model takes several
 UNCHECKED = {"use_cache"}  # changes no result; a model may accept it in **kwargs and pass it to its language model
 
 
@@ -46,11 +49,28 @@ def first_line(error: Exception) -> str:
     return printable((str(error).splitlines() or [""])[0] or type(error).__name__)
 
 
+def wait_for_other_loads() -> None:
+    """Wait until no thread of the caller is inside `from_pretrained` of transformers, which turns `tie_weights` off meanwhile.
+
+    Raise ModelError after LONGEST_WAIT seconds: if two threads were inside at the same time, it stays off.
+    """
+    until = time.monotonic() + LONGEST_WAIT
+    while getattr(PreTrainedModel.tie_weights, "__name__", "") == "empty_func":  # the stub in transformers.initialization
+        if time.monotonic() > until:
+            raise ModelError(
+                "two threads of this program have called from_pretrained of transformers at the same time, so it ties no "
+                "weights any more: start the program again, and load models one after the other"
+            )
+        time.sleep(0.01)
+
+
 class Quiet(warnings.catch_warnings):
     """Suppress transformers' warnings while a checkpoint is loaded. Only a download shows progress bars.
 
     One thread at a time is in such a block (see `runtime.process_state`).
     """
+
+    depth = 0  # blocks of the current thread
 
     def __init__(self, source: str) -> None:
         super().__init__(record=False)
@@ -58,6 +78,13 @@ class Quiet(warnings.catch_warnings):
 
     def __enter__(self) -> None:
         PROCESS_STATE.acquire()
+        try:
+            if not Quiet.depth:
+                wait_for_other_loads()
+        except ModelError:
+            PROCESS_STATE.release()
+            raise
+        Quiet.depth += 1
         super().__enter__()
         warnings.simplefilter("ignore")
         self.level = transformers_logging.get_verbosity()
@@ -73,4 +100,5 @@ class Quiet(warnings.catch_warnings):
                 transformers_logging.enable_progress_bar()
             super().__exit__(*error)
         finally:
+            Quiet.depth -= 1
             PROCESS_STATE.release()

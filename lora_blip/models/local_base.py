@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lora_blip.errors import MissingBaseError
 from lora_blip.models.unsupported import refuse_adapter, refuse_file
+from lora_blip.runtime.untrusted import is_too_long, quoted
 from lora_blip.runtime.user_paths import suggestion
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -16,6 +17,8 @@ def locate_base(name: str) -> str:
     A relative folder may also be in the installed package or in the repository. So "assets/tiny-blip" is an embedded base in
     every working folder, unless the folder has its own assets/tiny-blip. Its bare name, "tiny-blip", is enough.
     """
+    if is_too_long(name):
+        raise MissingBaseError(f"model {quoted(name)} does not exist: the name is too long for a path")
     refuse_adapter(name)
     if Path(name).is_dir():
         return name

@@ -52,11 +52,11 @@ class TextChecker:
         if self.bounds.upper_bound(text, room) <= room:
             return ""
         ids = self.ids(text)
+        if problem := self.special_token_problem(text, ids):
+            return problem
         if self.unknown.only_unknown(ids):
             return f"the text {quoted(text)} {ONLY_UNKNOWN}"
-        if len(ids) > room:
-            return f"the text has {len(ids)} tokens, and the model has room for {room}; shorten it"
-        return self.special_token_problem(text, ids)
+        return f"the text has {len(ids)} tokens, and the model has room for {room}; shorten it" if len(ids) > room else ""
 
     def special_token_problem(self, text: str, ids: list[int]) -> str:
         """Return why a text with a special token, such as <image> or [SEP], or with no valid Unicode cannot be used, or ""."""

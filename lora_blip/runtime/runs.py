@@ -15,6 +15,7 @@ from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME, PEFT_CONFIG
 from lora_blip.runtime.command_line import this_command
 from lora_blip.runtime.hub_adapters import fetch, is_name
 from lora_blip.runtime.system_errors import file_error
+from lora_blip.runtime.untrusted import is_too_long, quoted
 from lora_blip.runtime.user_paths import nearest_path
 
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
@@ -50,6 +51,8 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
         raise AdapterError(f'the adapter is of type {type(adapter).__name__}; give a run folder, a file, or "latest"')
     if adapter == "":
         raise AdapterError('the path of the adapter is empty; give a run folder, a file, or "latest"')
+    if is_too_long(str(adapter)):
+        raise AdapterError(f"no adapter at {quoted(str(adapter))}: the name is too long for a path")
     path = Path(runs if adapter == "latest" else adapter)
     try:
         if path.is_file():

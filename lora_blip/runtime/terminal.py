@@ -135,3 +135,8 @@ class TerminalStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def print_on_stderr(line: str) -> None:
+    """Print a line on stderr: the caller's program may write results to stdout."""
+    print(line, file=sys.stderr, flush=True)

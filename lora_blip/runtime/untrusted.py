@@ -88,6 +88,12 @@ def is_path(path: object) -> bool:
     return len(written) <= LONGEST_PATH and max(map(len, written.split(b"/"))) <= LONGEST_NAME
 
 
+def is_too_long(path: str) -> bool:
+    """Return True if a path is longer than a system allows. Functions of `pathlib` then raise OSError."""
+    written = path.replace("\\", "/").encode(errors="surrogatepass")
+    return len(written) > LONGEST_PATH or max(map(len, written.split(b"/"))) > LONGEST_NAME
+
+
 # ---------------------------------------------------------------- JSON
 
 

@@ -92,9 +92,9 @@ class VqaTask(TextTask):
         if self.room(example) < 1:
             return f"the question has too many tokens for this model: {example.question[:60]!r}; shorten it"
         ids = self.checker.ids(example.question)
-        if self.checker.unknown.only_unknown(ids):
-            return f"the question {quoted(example.question)} {ONLY_UNKNOWN}"
-        return self.checker.special_token_problem(example.question, ids)
+        if problem := self.checker.special_token_problem(example.question, ids):
+            return problem
+        return f"the question {quoted(example.question)} {ONLY_UNKNOWN}" if self.checker.unknown.only_unknown(ids) else ""
 
     def all_texts(self, example: Example) -> tuple[str, ...]:
         return (example.question, *example.answers)

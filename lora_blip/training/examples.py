@@ -85,7 +85,7 @@ def read_file(
     """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     setting = "val_annotations" if source == config.val_annotations else "annotations"
-    with phase(f"reading {source}"), of_two_files(source, setting):
+    with phase(f"reading {source}"), of_two_files(source, setting, config):
         examples, _ = annotations.read(
             source,
             config.image_root,

@@ -34,7 +34,7 @@ def inject_adapters(config: TrainConfig, backbone: Backbone) -> Adapter | None:
         injection.inject(backbone.model, sites, config.dropout)
         return None
     adapter = adapter_file.read(runs.locate_initial(config.init_adapter, config.output_dir))
-    check_base(adapter, backbone)
+    check_base(adapter, backbone, config.task)
     check_sites(adapter, sites)
     trained = {site.address for site in sites}
     every = [*sites, *(site for site in adapter.sites if site.address not in trained)]
@@ -53,12 +53,17 @@ def freeze_others(config: TrainConfig, backbone: Backbone, loras: dict[str, LoRA
             lora.requires_grad_(address in trained)
 
 
-def check_base(adapter: Adapter, backbone: Backbone) -> None:
-    """Raise AdapterError if the adapter was trained on another base, or at an image size that IMAGE_SIZE does not confirm."""
+def check_base(adapter: Adapter, backbone: Backbone, task: str) -> None:
+    """Raise AdapterError if the adapter was trained on another base, or at an image size that IMAGE_SIZE does not confirm.
+
+    task: that of this training. If the adapter has another one, its base may not have this task.
+    """
     try:
         adapter_file.check_fit(backbone.model, adapter)
     except AdapterError as error:
         flag = f": --model {quoted_for_shell(adapter.base)}" * str(error).endswith("load that base")
+        if (own := adapter.task.get("name", task)) != task:
+            flag = f". It is for the task {own}, and this training is for {task}: give an adapter of this task, or none"
         raise AdapterError(f"init_adapter: {error}{flag}") from None
     if adapter.image_size not in (0, backbone.image_size) and not backbone.chose_image_size:
         raise AdapterError(

@@ -18,6 +18,7 @@ from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.training import checkpoint
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner
@@ -142,7 +143,7 @@ def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:
     """Return why this start does not resume the newest interrupted run, how to resume it, and the names of the older ones."""
     (saved, changed), *older = others
     has_base = not any(change.startswith("base weights") for change in changed)  # with another one, shapes may differ
-    accept = f", or add --resume {saved.run} --allow-changed" * (has_base and _can_be_accepted(changed))
+    accept = f", or add --resume {quoted_for_shell(str(saved.run))} --allow-changed" * (has_base and _can_be_accepted(changed))
     names = ", ".join(str(each.run) for each, _ in older[:NAMED]) + ", …" * (len(older) > NAMED)
     return (
         f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "

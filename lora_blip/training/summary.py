@@ -72,7 +72,7 @@ def evaluate_line(
 
     The references are the validation file, the test.jsonl or val.jsonl beside the annotations that fits the task, or, for the
     demo's training images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl.
-    examples: the training lines. reading: the result of `reading_flags`, for a file of the same format as the annotations.
+    examples: the training lines. reading: the result of `reading_flags`, for val_annotations.
     """
     source = Path(annotations)
     candidates = [source.with_name("test.jsonl"), source.with_name("val.jsonl")]
@@ -81,7 +81,7 @@ def evaluate_line(
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     existing = [path for path in candidates if path.is_file() and path != source and _asks(path) == (task == "vqa")]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
-    flags = reading if val_annotations or (existing and existing[0].suffix == source.suffix) else ()
+    flags = reading if val_annotations else ()  # the training has read this file with these flags
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
         ""

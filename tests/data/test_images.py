@@ -48,6 +48,8 @@ def test_floats_up_to_255_are_an_error(tmp_path):
         ImageError, match=r"a\.tif is not a usable image: its values are floats up to 209, and 1 is white; divide"
     ):
         open_image(path)
+    highlights = saved(tmp_path / "b.tif", np.array([[0.5, 0.2, 0, 5, np.inf, 3.4e38, 0.1, 0.3]], np.float32))
+    assert grey(highlights) == [127, 51, 0, 255, 255, 255, 25, 76]  # few bright pixels are clipped
     with pytest.raises(ImageError, match="divide them by 255"):
         open_input(Image.new("L", (4, 4), 200).convert("F"), "the image")
 

@@ -183,6 +183,8 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
             "write \"image\" for 'imgae' and \"text\" for 'txet'",
             "--image-key imgae --text-key txet",
         ),
+        ({"image": "1.png", "txet": "a", "source": "a longer text"}, "write \"text\" for 'txet'", "--text-key source"),
+        ({"image": "1.png", "captoins": ["a", "b"]}, "write \"captions\" for 'captoins'", "--text-key KEY"),
     ],
 )
 def test_a_misspelled_key_in_one_line_is_corrected_in_this_line(folder, line, typo, flag):
@@ -191,6 +193,20 @@ def test_a_misspelled_key_in_one_line_is_corrected_in_this_line(folder, line, ty
     with pytest.raises(
         DataError, match=re.escape(f"if only this line has a typo, {typo}; otherwise name the right one: {flag}\n")
     ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"image": "1.png", "quesiton": "what?", "answer": "a"}, "write \"question\" for 'quesiton'\n"),
+        ({"imgae": "1.png", "question": "what?", "answer": "a"}, "otherwise name the right one: --image-key imgae\n"),
+    ],
+)
+def test_a_misspelled_key_of_a_question_gives_no_flag_for_the_text(folder, line, message):
+    """The question would become a caption."""
+    path = write(folder / "x.jsonl", [{"image": "1.png", "question": "what?", "answer": "a"}, line])
+    with pytest.raises(DataError, match=re.escape(message)):
         read(path)
 
 

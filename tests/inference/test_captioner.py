@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageSequence
+from transformers.initialization import no_tie_weights
 
 import lora_blip
 from lora_blip.data.image_folders import example_of
@@ -31,6 +33,7 @@ from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.image_inputs import open_input
 from lora_blip.inference.prediction import line_of
 from lora_blip.lora import adapter_file, attached
+from lora_blip.models import library
 from lora_blip.models.loading import as_backbone, load_backbone
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
@@ -227,6 +230,8 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "complex numbers": (np.ones((8, 8), complex), r"expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
     "levels as floats": (np.full((8, 8, 3), 200.0), "values from 200 to 200; .*: divide it by 255"),
     "pixel values": (torch.full((3, 8, 8), -1.5), "values from -1.5 to -1.5; .*: give the image before it is normalized"),
+    "a sparse tensor": (torch.eye(9).to_sparse(), "is a tensor that is sparse, nested, quantized or without values"),
+    "a meta tensor": (torch.empty(3, 9, 9, device="meta"), "is a tensor that is sparse, nested, quantized or without values"),
     "NaN": (torch.full((3, 8, 8), torch.nan), "contains NaN; a float image has values from 0 to 1$"),
 }
 
@@ -799,6 +804,69 @@ def test_threads_may_open_bases_at_the_same_time(checkpoints):
         assert all(torch.equal(value, alone[key]) for key, value in backbone.model.state_dict().items())
 
 
+def test_a_load_waits_for_transformers_in_another_thread_and_names_a_lasting_fault(checkpoints, monkeypatch):
+    """`from_pretrained` of transformers turns `tie_weights` off. Two at the same time leave it off."""
+    loading = threading.Event()
+
+    def load() -> None:
+        with no_tie_weights():
+            loading.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert loading.wait(10) and load_backbone(str(checkpoints["blip"]), "cpu")
+    thread.join()
+    monkeypatch.setattr(library, "LONGEST_WAIT", 0.0)
+    for _ in range(2):  # the lock is released
+        with no_tie_weights(), pytest.raises(ModelError, match=r"two threads .*: start the program again, and load models one"):
+            load_backbone(str(checkpoints["blip"]), "cpu")
+    assert load_backbone(str(checkpoints["blip"]), "cpu")
+
+
+WRONG_TEXTS = (["a", 5], [["a"], "b"], [{}], {"a": 1}, None, [None], "one text")
+
+
+@pytest.mark.parametrize("texts", WRONG_TEXTS, ids=repr)
+def test_wrong_types_of_texts_and_questions_are_input_errors(make, photos, texts):
+    """A client of a service can send any JSON."""
+    vqa = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
+    with pytest.raises(InputError, match="texts"):
+        vqa.rank(photos[0], texts, question="what?")
+    for question in (5, True, ["x"], {"a": 1}, b"x", None):
+        with pytest.raises(InputError, match="the question is of type"):
+            vqa.rank(photos[0], ["a", "b"], question=question)
+        with pytest.raises(InputError, match="the question is of type"):
+            next(vqa.stream(photos, question=question))
+    with pytest.raises(InputError, match="the question is of type dict"):
+        vqa.answer(photos[0], {"what?": 1})
+
+
+def test_errors_do_not_repeat_a_long_input(captioner, workplace, monkeypatch):
+    monkeypatch.chdir(workplace.parents[2])
+    for image in ("z" * 10_000, "z/" * 5000, f"http://{'z' * 10_000}"):
+        assert 20 < len(captioner(image).error) < 400
+    long = "z" * 10_000
+    calls: list[Any] = [
+        lambda: captioner.rank("a.png", long), lambda: captioner.rank("a.png", int("9" * 4000)),
+        lambda: Captioner.from_adapter(long), lambda: Captioner.from_adapter("z" * 300), lambda: load_backbone("z" * 300),
+        lambda: Captioner.from_adapter(None, base=long),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(lora_blip.LoraBlipError) as raised:
+            call()
+        assert len(str(raised.value)) < 400
+
+
+def test_a_base_with_weights_on_the_meta_device_is_refused(make):
+    """transformers leaves them there if two threads load at the same time. The texts would be random."""
+    backbone = make("blip")
+    head = backbone.model.text_decoder.cls.predictions.decoder
+    head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"))
+    with pytest.raises(InputError, match=r"decoder.weight' of the loaded base has no values"):
+        Captioner.from_adapter(None, base=backbone)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", ["blip", "vqa", "itm", "opt", "t5"])
 def test_predictions_do_not_depend_on_the_default_dtype(make, photos, kind, dtype):
@@ -836,6 +904,7 @@ def test_a_text_with_half_of_a_character_is_an_error_with_its_position(make, pho
     with pytest.raises(ConfigError, match=r"prompt = .* half of a character"):
         CaptionTask(make("blip"), HALF, FEW)
     assert "half of a character" in vqa.answer("a\ud800.png", "what is it?").error
+    assert "half of a character" in vqa.answer(photos[0], "\ud83d").error  # and not an unknown token, with another fix
 
 
 def test_a_long_text_is_shortened_in_the_error(make, photos):

@@ -1,5 +1,6 @@
 """INIT_ADAPTER: a training that begins with the values of an adapter, with a new schedule and a new optimizer."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -187,6 +188,19 @@ def test_another_base_is_an_error_before_any_prediction(first, checkpoints, tmp_
     with pytest.raises(AdapterError, match="load that base: MODEL = "):
         infer(InferConfig(images=str(Path(first[0].annotations).parent / "photos"), **same))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_initial_adapter_of_another_task_is_named(first, checkpoints, tmp_path):
+    """Its base cannot be used for this training."""
+    source = Path(first[0].annotations).with_name("questions.jsonl")
+    rows = [json.loads(line) for line in Path(first[0].annotations).read_text().splitlines()]
+    asked = [{"image": row["image"], "question": "what is it?", "answers": [row["text"]]} for row in rows]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in asked))
+    config = further(first, tmp_path, model=str(checkpoints["vqa"]), task="vqa", annotations=str(source))
+    with pytest.raises(
+        AdapterError, match=r"It is for the task caption, and this training is for vqa: give an adapter of this"
+    ):
+        train(config)
 
 
 def test_a_changed_initial_adapter_is_described_without_its_digest():
