@@ -73,8 +73,8 @@ def highest_value(image: Image.Image) -> float:
 def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -> Image.Image:
     """Return 8-bit grey: 0 stays 0, `highest` becomes 255, and values outside are clipped. Transparent pixels become white.
 
-    Call `on_dark` if no pixel of the result is brighter than DARK. Raise UnreadableError if most
-    floats are above MOST, such as 0 to 255: they would become white.
+    Call `on_dark` if no pixel of the result is brighter than DARK. Raise UnreadableError for floats from 0 to 255: most of
+    them would become white.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     if image.mode == "F" and np.sum(values > MOST) > np.sum(values > 0) / 2:

@@ -145,9 +145,9 @@ def _keys_to_name(rest: Entry, no_image: bool) -> str:
 
 def _typo(key: str, absent: Sequence[str]) -> str:
     """Return which of the absent keys a key may misspell, as in "text" for 'txet', or ""."""
-    near = (
-        [] if key in (*TEXT_KEYS, *ANSWER_KEYS, "question") else difflib.get_close_matches(key.casefold(), absent, 1, SIMILAR)
-    )
+    if key in (*TEXT_KEYS, *ANSWER_KEYS, "question"):
+        return ""
+    near = difflib.get_close_matches(key.casefold(), absent, 1, SIMILAR)
     return f'"{near[0]}" for {quoted(key)}' if near else ""
 
 
