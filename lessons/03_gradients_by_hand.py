@@ -10,7 +10,7 @@
 # ## From the equation to the gradients
 #
 # Write $s = \alpha / r$, $h = A x$ and $y = W_0 x + s B h$. Let $dy = \partial L / \partial y$ be the gradient that arrives from the next
-# layer, with $d$ numbers. In the same way, write $dA$ for $\partial L / \partial A$. A small change $\Delta A$ changes the loss by
+# layer, with $d$ numbers. In the same way, write $dA$ for $\partial L / \partial A$. To first order, a small change $\Delta A$ changes the loss by
 #
 # $$s \, dy^\top B \, \Delta A \, x = \langle s \, B^\top dy \, x^\top, \Delta A \rangle$$
 #
@@ -77,7 +77,7 @@ with torch.no_grad():
         print(f"{name}: {difference(by_hand, autograd):.0e} from autograd")
         assert difference(by_hand, autograd) < 1e-12
 
-    columns = zip(X, dY, strict=True)  # x and dy of one example
+    columns = zip(X, dY, strict=True)  # x and dy of one row
     sums = sum(
         torch.cat([(s * B.T @ torch.outer(dy, x)).flatten(), (s * torch.outer(dy, A @ x)).flatten()]) for x, dy in columns
     )
@@ -86,9 +86,10 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
-# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. With `fused_hook`, a pre-hook hides the linear
-# from autograd. Then the hook adds the update by one autograd function. Its backward pass computes the gradients above, for the linear and
-# the update together. `inject` adds these hooks. (For small linears on most CPUs, they use a shorter update.)
+# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. With `fused_hook`, a pre-hook gives the
+# linear a detached x, so autograd does not record the linear. Then the hook adds the update by one autograd function. Its backward pass computes the gradients above, for the linear and
+# the update together. `inject` adds these hooks. (For small linears on most CPUs, they
+# compute the update with operations of PyTorch, which is faster there.)
 #
 # $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
 # $n k$ numbers. The hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for

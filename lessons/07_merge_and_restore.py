@@ -113,7 +113,8 @@ assert lost["bf16"][0] < 0.02 and lost["bf16"][-1] > 0.8 and lost["fp16"][-1] > 
 # ## Subtracting does not restore
 #
 # A library that keeps only W' and ΔW can undo a merge only by subtracting: W'' = round(W' − ΔW). (`peft` 0.21.2 rounds ΔW to
-# the dtype of the weight first.) But W' has lost the last bits of W₀, so W'' differs from W₀ in some elements, in float32 too. Each cycle with
+# the dtype of the weight first.) But W' contains the rounding error of W₀ + ΔW, and the subtraction does not remove it. If
+# this error is larger than half a gap at W₀, W'' differs from W₀. This happens in some elements, in float32 too. Each cycle with
 # another adapter adds more errors. We imitate 20 different adapters of the same size: each has the rows of ΔW in another random
 # order.
 
@@ -134,7 +135,7 @@ for key, dtype in DTYPES.items():
 
 # %% [markdown]
 # `lora_blip.restore` copies W₀ back. The copy is made at the first merge. It has as many bytes as the adapted weights.
-# To get every bit back, W' and ΔW are not enough: you need a copy of W₀, the checkpoint, or a list of corrections (exercise 2).
+# To get every bit back, W' and ΔW are not enough in general: you need a copy of W₀, the checkpoint, or a list of corrections (exercise 2).
 
 # %%
 lora_blip.restore(backbone)
@@ -177,7 +178,7 @@ show(figure, "rounding")
 
 # %% [markdown]
 # In bf16, the logits with hooks and those with merged weights have errors of similar size. The bf16 base has such an error too,
-# without any adapter. So a large part of it comes from the other roundings of a bf16 model.
+# without any adapter. So a part of the error comes from the other roundings of a bf16 model.
 #
 # ## Exercises
 #

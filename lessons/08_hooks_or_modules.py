@@ -102,7 +102,7 @@ def keeps_names(way):
 
 
 def is_linear(way):
-    """Does code that asks for the class, such as a quantiser, still find a Linear?"""
+    """Is the module at the same path still a Linear? (The new module contains one, which a search through all modules finds.)"""
     return isinstance(build(way)[0], nn.Linear)
 
 

@@ -214,7 +214,7 @@ show(figure, "attention")
 #
 # ## What the picture shows, and what it does not
 #
-# - In this picture, the brightest patches of a colour are on the cubes, in both models. The adapter is only on the ViT, and no weight
+# - In this picture (seed 0), the brightest patches of a colour are on the cubes, in both models. The adapter is only on the ViT, and no weight
 #   of the cross-attention changes. But the ViT gives other states. So the keys and values change, and so do the queries of the
 #   later layers.
 # - Attention and effect agree only a little. Over the colour words, their correlation is 0.22 on average for the base, and 0.19, 0.02 and

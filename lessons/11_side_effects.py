@@ -143,7 +143,8 @@ for run in RUNS:
 #   step, each run of full fine-tuning keeps more flat shapes than each run of LoRA at its own. (The test
 #   images choose this step, for both methods in the same way.) But these steps are not equally good on the cubes: with only five measured steps, their
 #   scores can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
-#   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Do not generalize
+#   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Shuttleworth
+#   et al. (below) also find that LoRA forgets less. Do not generalize
 #   from this tiny model.
 # - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage is not
 #   stable, because other versions and processors round differently. In other runs, which are not in the table, from 9 % to

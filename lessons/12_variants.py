@@ -16,7 +16,7 @@
 # $$A: (r, k), \quad B: (d, r).$$
 #
 # A is random at the start, and B is zero. Each variant changes one part: the factor s, the norm of the rows of the weight,
-# the start, or the learning rates. (PiSSA changes two: the start, and s, which is 1.) In `peft` they are
+# the start, or the learning rates. (PiSSA changes three: the start, the frozen weight, and s, which is 1.) In `peft` they are
 # `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`, `LoraConfig(init_lora_weights="pissa")` and the function
 # `create_loraplus_optimizer`. `docs/variants.md` lists those that are settings of `lora_blip`.
 
@@ -68,9 +68,9 @@ class RsLoRA(Plain):
 
 
 # %% [markdown]
-# **DoRA** (Liu et al. 2024) trains the norm of each row of the weight separately. In this section, ‖W‖ is the vector of the norms
-# of the d rows of a weight W. (In lesson 7, it is one number.) There is one norm for each output feature. (The paper calls it a
-# column-wise norm. `peft` takes the norms of the rows of PyTorch's weight, as here.) DoRA trains a vector m of d
+# **DoRA** (Liu et al. 2024) trains the norm of each row of the weight separately from its direction. In this section, ‖W‖ is the vector of the norms
+# of the d rows of a weight W. (In lesson 7, it is one number.) There is one norm for each output feature. (The paper writes a
+# column-wise norm, with an m of shape 1 × k. The code of its authors and `peft` take the norms of the rows of PyTorch's weight, as here.) DoRA trains a vector m of d
 # elements, which is ‖W₀‖ at the start. Each row of W₀ + ΔW is multiplied by an element of a vector g:
 #
 # $$\Delta W = s \cdot B A,$$
@@ -110,8 +110,8 @@ def dora_hook(linear, args, _kwargs, output):
 # $$W_{\text{res}} = W_0 - B A,$$
 # $$s = 1.$$
 #
-# (`peft` keeps s = α/r, and uses S_r / s instead of S_r. s·B A and W_res are then the same for each α. A, B and the training are
-# the same only if α = r.)
+# (`peft` keeps s = α/r, and uses S_r / s instead of S_r. s·B A and W_res are then the same for each α. With the
+# same learning rate, A, B and the training are the same only if α = r.)
 
 
 # %%

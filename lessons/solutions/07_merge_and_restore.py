@@ -42,7 +42,7 @@ for name, W in W0.items():
 print(f"{depends:.0f} elements depend on the order; sum of the errors {error_each:.1f} and {error_once:.1f}")
 assert depends > 0 and error_once < error_each
 
-lora_blip.merge(backbone)  # lora_blip adds all updates in float32 and rounds once
+lora_blip.merge(backbone)  # (W₀ + ΔW₁) + ΔW₂ in float32, rounded once
 for name, linear in linears.items():
     assert torch.equal(linear.weight, (W0[name].float() + first[name] + second[name]).bfloat16())
 lora_blip.restore(backbone)

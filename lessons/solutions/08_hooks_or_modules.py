@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 # %% [markdown]
 # ## 1. A subclass of nn.Linear that shares the weight
 #
-# Two answers of the column *module* change: the names are kept, and code that asks for a Linear finds one.
+# Two answers of the column *module* change: the names are kept, and the module at the old path is a Linear.
 
 
 # %%

@@ -16,7 +16,7 @@ import lora_blip
 # %% [markdown]
 # ## 1. Adam in fp16
 #
-# g² ≈ 10⁻¹⁰, and Adam multiplies it by 1 − β₂ = 10⁻³. Both are below 2⁻²⁵ ≈ 3·10⁻⁸, and so is ε. The step divides by 0.
+# g² ≈ 10⁻¹⁰, and Adam multiplies it by 1 − β₂ = 10⁻³. g² and the product are below 2⁻²⁵ ≈ 3·10⁻⁸, and so is ε. The step divides by 0.
 
 # %%
 start, gradient, rate = torch.randn(1000), 1e-5 * (1 + torch.rand(1000)), 1e-3
