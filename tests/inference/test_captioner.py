@@ -887,6 +887,15 @@ def test_predictions_do_not_depend_on_the_default_dtype(make, photos, kind, dtyp
         torch.set_default_dtype(before)
 
 
+def test_the_temperature_of_a_new_task_is_float32(make):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert TASKS["retrieval"](make("itm")).log_temperature.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 HALF = "a red \ud83d cube"  # json.loads accepts half of a surrogate pair
 
 
