@@ -16,8 +16,8 @@
 # $$y = W_0 x + b + \frac{\alpha}{r} \, B A x$$
 #
 # $r$ is the *rank*, and $\alpha$ is a constant factor. The pair $A$, $B$ is called an *adapter*. The adapter of a whole model is all
-# its pairs. At the start, $A$ is random and $B$ is zero. The paper draws $A$ from a Gaussian. This code and peft (Hugging Face's
-# library for LoRA) draw it from a uniform distribution (Kaiming-uniform).
+# its pairs. At the start, $A$ is random and $B$ is zero. The paper draws $A$ from a Gaussian. This code, and by default peft (Hugging
+# Face's library for LoRA), draw it from a uniform distribution (Kaiming-uniform).
 
 # %%
 import torch

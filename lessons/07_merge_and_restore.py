@@ -107,7 +107,7 @@ assert lost["bf16"][0] < 0.02 and lost["bf16"][-1] > 0.8 and lost["fp16"][-1] > 
 # smaller, more than 80 % is lost in bf16, and more than 40 % in fp16. An optimizer step on A or B in bf16 would be
 # rounded in the same way, so `lora_blip` keeps A and B in float32.
 #
-# A hook leaves W₀ as it is, and computes ΔWx in float32. But in a 16-bit model, the output y of a linear has 16 bits too, and
+# A hook leaves W₀ as it is and, without autocast, computes ΔWx in float32. But in a 16-bit model, the output y of a linear has 16 bits too, and
 # so has the sum y + ΔWx. If |ΔWx| < u·|y|/2 for an output, this update is lost in the same way.
 #
 # ## Subtracting does not restore

@@ -190,7 +190,7 @@ show(figure, "answers")
 # test reads `base_layer.weight`. A merged weight always acts. A training of `lora_blip` stops before the first step if an adapter
 # is never called.
 #
-# Checkpointing works in all three ways, and so does compiling a model that has its adapter already. The last row comes from a
+# Checkpointing with `use_reentrant=False`, the default of transformers 5, works in all three ways, and so does compiling a model that has its adapter already. The last row comes from a
 # default of `torch.compile`: a compiled graph does not look for new hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`). It notices a replaced module, so only *module*
 # has a yes there. `lora_blip` adds adapters before it compiles.
 

@@ -225,7 +225,7 @@ show(figure, "lost_updates")
 #
 # Micikevicius et al. (arXiv:1710.03740, section 3.1) keep a float32 copy of all weights for this reason. LoRA needs it only for A
 # and B, which are small. The frozen W₀ can have 16 bits, because training adds nothing to it. Autocast still multiplies with fp16 copies of A
-# and B. (`peft` also makes A and B float32 if the model has 16 bits: `autocast_adapter_dtype=True` is its default.)
+# and B. (`get_peft_model` of `peft` also makes A and B float32 if the model has 16 bits: `autocast_adapter_dtype=True` is its default.)
 #
 # ## Accumulation weighted by tokens
 #

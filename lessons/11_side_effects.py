@@ -177,7 +177,7 @@ assert end["LoRA", 1e-2]["without nouns"] < end["LoRA", 3e-3]["without nouns"]
 # $$\rho_i = \max_j |u_i'^\top u_j|.$$
 #
 # If ρᵢ < 0.5, uᵢ' is an intruder dimension: a strong direction of the new weight that was no direction of the old one
-# (Shuttleworth et al. 2024, algorithm 1; in peft, `reduce_intruder_dimension` uses the same rule). The cell counts them in all 46
+# (Shuttleworth et al. 2024, algorithm 1; in peft, `peft.tuners.lora.intruders.reduce_intruder_dimension` uses the same rule). The cell counts them in all 46
 # linears with adapters, so among 460 vectors.
 #
 # All three updates of LoRA are larger than those of full fine-tuning. To separate size and rank, the cell also scales each ΔW of

@@ -18,7 +18,7 @@
 # A is random at the start, and B is zero. Each variant changes one part: the factor s, the norm of the rows of the weight,
 # the start, or the learning rates. (PiSSA changes three: the start, the frozen weight, and s, which is 1.) In `peft` they are
 # `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`, `LoraConfig(init_lora_weights="pissa")` and the function
-# `create_loraplus_optimizer`. `docs/variants.md` lists those that are settings of `lora_blip`.
+# `peft.optimizers.create_loraplus_optimizer`. `docs/variants.md` lists those that are settings of `lora_blip`.
 
 # %%
 import lesson_tools  # first: it sets the paths and the number of threads
@@ -110,8 +110,9 @@ def dora_hook(linear, args, _kwargs, output):
 # $$W_{\text{res}} = W_0 - B A,$$
 # $$s = 1.$$
 #
-# (`peft` keeps s = α/r, and uses S_r / s instead of S_r. s·B A and W_res are then the same for each α. With the
-# same learning rate, A, B and the training are the same only if α = r.)
+# (`peft` keeps s = α/r, and uses S_r / s instead of S_r. At the start, s·B A
+# and W_res do not depend on α. But A and B are √s times smaller than here, so with the same learning rate, the training is the same
+# only if α = r.)
 
 
 # %%
@@ -287,8 +288,8 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 # ## What to remember
 #
 # - A variant changes the factor, the norm, the start or the learning rates. Before the first training step, each gives the base.
-# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and the learning rate η_A of LoRA+, without weight
-#   decay and clipping.
+# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, without weight decay and clipping, and with ε
+#   near zero, LoRA+ is LoRA with λα and the rate η_A for A and B.
 # - Compare variants only after you tune the learning rate of each.
 #
 # ## Sources
