@@ -86,13 +86,13 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
-# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. With `fused_hook`, a pre-hook gives the
+# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. With `fused_hook`, a pre-hook (a hook that runs before the linear) gives the
 # linear a detached x, so autograd does not record the linear. Then the hook adds the update by one autograd function. Its backward pass computes the gradients above, for the linear and
-# the update together. `inject` adds these hooks. (For small linears on most CPUs, they
-# compute the update with operations of PyTorch, which is faster there.)
+# the update together. `inject` adds the pre-hook and `fused_hook`. (For small linears on most CPUs, `fused_hook`
+# computes the update with operations of PyTorch, which is faster there.)
 #
 # $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
-# $n k$ numbers. The hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for
+# $n k$ numbers. Both hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for
 # $\partial L / \partial W = dY^\top X$. So for one linear, LoRA does **not reduce the memory of activations**. It reduces the memory of
 # the gradient and of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$. A frozen linear without an adapter has
 # no weight gradient, so it does not need $X$: adapters on fewer linears need less memory.

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 5 · How low is the rank?
 #
-# **You learn** how many parameters the cubes need, why a comparison of ranks can measure something else, and what the
+# **You learn** how few parameters are enough for the cubes, why a comparison of ranks can measure something else, and what the
 # singular values of a trained ΔW show.
 #
 # **Time:** one to two minutes on two cores, longer if they are busy. It trains eight adapters.

@@ -146,8 +146,8 @@ for (model, targets), values in ratios.items():
 # the seed: with an adapter on all linears of the ViT of BLIP, the exact match is 79 %, 88 % and 97 %. Another version of
 # this code, which rounds differently, can give other scores. The findings compare how fast adapters learn in two epochs with one learning
 # rate per base. They do not say that the ViT cannot learn the cubes: after twenty epochs, `make demo` with an adapter
-# on the ViT reaches 99 % or more. The exact match does not order the ViT and the Q-Former of BLIP-2: nearly
-# all captions of both are wrong. The loss of the Q-Former is lower with the three seeds.
+# on the ViT reaches 99 % or more. The exact match cannot show which is better on BLIP-2, the ViT or the
+# Q-Former, because nearly all captions of both are wrong. The loss of the Q-Former is lower with the three seeds.
 
 # %%
 figure, (upper, lower) = plt.subplots(2, 1, figsize=(5, 7))

@@ -46,8 +46,8 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 #
 # $$\frac{\partial L}{\partial \theta} = \frac{1}{S} \frac{\partial (S L)}{\partial \theta}.$$
 #
-# S is a power of two. Then the multiplication and the division change only the exponent. They round nothing, as long as the
-# numbers stay in the range of the dtype.
+# S is a power of two. Then the multiplication and the division change only the exponent. They round nothing, as long as no
+# number overflows or becomes so small that it has fewer bits (below 2⁻¹²⁶ in float32).
 #
 # A new adapter has B = 0, so the gradient of A is zero. So we first train an adapter for 60 steps. Then we take the gradients of
 # a batch of four images with different loss scales.

@@ -146,9 +146,9 @@ for run in RUNS:
 #   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Shuttleworth
 #   et al. (below) also find that LoRA forgets less. Do not generalize
 #   from this tiny model.
-# - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage is not
-#   stable, because other versions and processors round differently. In other runs, which are not in the table, from 9 % to
-#   94 % of the captions of cubes were right.
+# - A larger learning rate forgets more, until nearly no flat shape is right. With η = 0.01, LoRA also damages the other words. Its score
+#   on the cubes is not stable either: 61 %, 54 % and 20 % with the three seeds, and from 9 % to 94 % in runs that round differently
+#   (not in `lessons/spread.md`).
 
 # %%
 end = {run: dict(zip(("cubes", "flat", "without nouns"), scores[run][-1, 1:].tolist(), strict=True)) for run in RUNS}
@@ -163,7 +163,7 @@ for run in (("LoRA", 1e-3), ("LoRA", 3e-3), ("full", 1e-4), ("full", 3e-4)):
 words = next_tokens(trained["LoRA", 3e-3], flat)[torch.isin(flat[1][:, 1:], NOUNS)]  # in the place of a noun
 share = (words == base.tokenizer.convert_tokens_to_ids("cube")).float().mean().item()
 record("LoRA, η = 0.003: nouns of flat shapes that become cube", share)
-assert end["full", 3e-4]["best flat"] > end["LoRA", 1e-3]["best flat"] + 0.03  # the worst of full, and the best of LoRA
+assert min(end[r]["best flat"] for r in RUNS if "full" in r) > max(end[r].get("best flat", 0) for r in RUNS if "LoRA" in r)
 assert share > 0.9 and end["LoRA", 3e-3]["flat"] < 0.05 < end["LoRA", 1e-3]["flat"] < 0.5
 assert end["full", 3e-4]["flat"] < end["full", 1e-4]["flat"]
 assert end["LoRA", 1e-2]["without nouns"] < end["LoRA", 3e-3]["without nouns"]

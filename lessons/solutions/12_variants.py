@@ -50,7 +50,7 @@ def train(make, hook, steps=STEPS):
 # %% [markdown]
 # ## 1 · PiSSA as an adapter of the original base
 #
-# After the training, the weight is W_res + B A = W₀ + (B A − B₀ A₀). The update is the product of two matrices of rank 2r:
+# After the training, the weight is W_res + B A = W₀ + (B A − B₀ A₀). The update is the product of a matrix with 2r columns and one with 2r rows:
 #
 # $$\Delta W = B A - B_0 A_0 = \begin{pmatrix} B & -B_0 \end{pmatrix} \begin{pmatrix} A \\ A_0 \end{pmatrix}.$$
 #
