@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from lora_blip.data import annotations
 from lora_blip.data.annotations import refuse_unknown_columns
 from lora_blip.data.columns import of_two_files
 from lora_blip.data.formats import NO_KEYS, Keys
+from lora_blip.data.prepare.command import PrepareConfig
 from lora_blip.errors import DataError, LoraBlipError
+from lora_blip.flags import parse
 from lora_blip.inference.setup import read_inputs
 from lora_blip.models.loading import locate_model
 from lora_blip.runtime import runs
@@ -189,6 +192,25 @@ def test_unknown_columns_are_found_before_torch_is_imported(tmp_path, monkeypatc
     assert [message.strip() for message in json.loads(done.stdout)] == errors
     refuse_unknown_columns("b.csv", NO_KEYS)
     refuse_unknown_columns("a.csv", Keys("Datei", "Wort"))
+
+
+def test_the_command_that_converts_a_file_with_other_columns_can_be_pasted(tmp_path, monkeypatch):
+    """If columns are named, they are those of ANNOTATIONS, which is converted. Otherwise, the validation file is."""
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    for name in ("my a.csv", "b.csv"):
+        Path(name).touch()
+    named = TrainConfig(annotations="my a.csv", val_annotations="b.jsonl", image_key="Datei", text_key="Wort", image_root="x")
+    with pytest.raises(DataError) as first, of_two_files("b.jsonl", config=named):
+        raise DataError("b.jsonl:1: it has no 'Datei'; its keys are 'image', 'text'")
+    plain = TrainConfig(annotations="a.jsonl", val_annotations="b.csv", image_root="x")
+    with pytest.raises(DataError) as second, of_two_files("b.csv", config=plain):
+        raise DataError('b.csv:1: no column has a known name\nname the columns: --image-key "Datei" --text-key "Wort"')
+    for error, source in ((first, "my a.csv"), (second, "b.csv")):
+        words = shlex.split(str(error.value).splitlines()[-1])
+        config = parse(PrepareConfig, {}, words[2:])
+        assert words[:2] == ["lora-blip", "prepare"]
+        assert (config.source, config.images, config.image_key, config.text_key) == (source, "x", "Datei", "Wort")
 
 
 def test_a_setting_of_annotations_that_is_empty_is_named():

@@ -57,16 +57,18 @@ def of_two_files(source: str | Path, setting: str = "val_annotations", config: A
     except DataError as error:
         if setting != "val_annotations" or not (match := UNKNOWN.search(str(error))):
             raise
-        names = ("image_key", "text_key", "question_key", "answer_key", "image_root")
+        names = ("image_key", "text_key", "question_key", "answer_key")
         given = {name: value for name in names if (value := getattr(config, name, ""))}
-        if given.keys() - {"image_root"}:
+        root = getattr(config, "image_root", "")
+        images = f" --images {quoted_for_shell(root)}" * bool(root)
+        if given:
             flags = " ".join(f"--{name.replace('_', '-')} {quoted_for_shell(value)}" for name, value in given.items())
             raise DataError(
                 f"{error}\nthe columns that you name are those of ANNOTATIONS too; if they are not those of this file, convert "
                 'ANNOTATIONS, set ANNOTATIONS = "prepared/train.jsonl", and name no columns:\nlora-blip prepare --source '
-                f"{quoted_for_shell(config.annotations)} {flags} --splits 1 --output-dir prepared"
+                f"{quoted_for_shell(config.annotations)} {flags}{images} --splits 1 --output-dir prepared"
             ) from None
-        command = f"lora-blip prepare --source {quoted_for_shell(str(source))} --splits 1 --output-dir prepared"
+        command = f"lora-blip prepare --source {quoted_for_shell(str(source))}{images} --splits 1 --output-dir prepared"
         raise DataError(
             f"{error}\nsuch flags name the columns of ANNOTATIONS too; if its columns have other names, convert this file, and "
             f'set VAL_ANNOTATIONS = "prepared/train.jsonl":\n{command}{match["flags"] or ""}'

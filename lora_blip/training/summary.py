@@ -23,6 +23,7 @@ LONGEST = 2**20  # characters of the first line of references that are read
 TRAINING_IMAGES = "image_train"  # the images of the default ANNOTATIONS of train.py
 REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retrieval": "sentences.jsonl"}  # in image_test
 READING = ("image_root", "on_bad_data", "image_key", "text_key", "question_key", "answer_key")  # settings that evaluate has too
+ROOT = "--image-root"
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
@@ -82,6 +83,8 @@ def evaluate_line(
     existing = [path for path in candidates if path.is_file() and path != source and _asks(path) == (task == "vqa")]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     flags = reading if val_annotations else ()  # the training has read this file with these flags
+    if not val_annotations and existing and existing[0].parent == source.parent and ROOT in reading:
+        flags = reading[reading.index(ROOT) :][:2]  # the same images, but perhaps other columns
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
         ""

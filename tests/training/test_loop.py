@@ -457,6 +457,8 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     columns = ["--image-key", "Datei"]
     assert summary.evaluate_line("vqa", run, lines, "b.csv", demo, columns) == f"{validated}{command}b.csv --image-key Datei"
     assert summary.evaluate_line("vqa", run, lines, "", demo, columns).endswith("val.jsonl")  # it may have other columns
+    rooted = summary.evaluate_line("vqa", run, lines, "", demo, [*columns, "--image-root", "photos"])
+    assert rooted.endswith("val.jsonl --image-root photos")  # a file beside the annotations has the same images
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "", demo)
 
