@@ -9,7 +9,7 @@ from typing import Any
 from unicodedata import category
 
 from lora_blip.runtime.system_errors import quoted_for_shell
-from lora_blip.runtime.untrusted import is_path, pasteable, quoted, shorten
+from lora_blip.runtime.untrusted import HALF_PAIR, is_path, pasteable, quoted, shorten
 
 # names of keys and columns; if an entry has several of them, the first in this order is used
 IMAGE_KEYS = (
@@ -193,7 +193,7 @@ def _has_surrogates(entry: Entry) -> bool:
     used = [entry.get(key) for key in ("image", "group", "text", "question", "prompt", "question_id")]
     answers = entry["answers"] if "question" in entry else ()  # in a caption, this key is ignored and may have any value
     written = "".join(value for value in (*used, *answers) if isinstance(value, str))
-    return not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written)
+    return not written.isascii() and bool(HALF_PAIR.search(written))
 
 
 class _ValueError(ValueError):

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
-from lora_blip.models.token_rows import HALF_PAIR, many_ids, plain_ids
+from lora_blip.models.token_rows import many_ids, plain_ids
 from lora_blip.models.unknown_tokens import REMEDY, UnknownTokens
-from lora_blip.runtime.untrusted import quoted
+from lora_blip.runtime.untrusted import HALF_PAIR, quoted
 
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation
 NORMALIZERS = {None, "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}  # these never lengthen ASCII

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lora_blip.runtime.row_selection import select_rows
+from lora_blip.runtime.untrusted import HALF_PAIR
 
 IGNORE = -100  # a target without a label, as in PyTorch
 STRUCTURAL = ("bos", "eos", "sep", "pad", "cls", "mask")
-HALF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which JSON can write, and which is no character
 PLACEHOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, BLIP-2's and T5's
 Tensors = TypeVar("Tensors")
 

@@ -22,6 +22,7 @@ UNPRINTABLE = (
 )
 IN_A_LINE, IN_LINES = re.compile(f"[{UNPRINTABLE}]"), re.compile(f"(?!\n)[{UNPRINTABLE}]")
 CURSOR_UP = re.compile(r"(?:\x1b\[A)+")  # what tqdm writes between two bars
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which JSON can write, and which is no character
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # NUL ends a path, the others move a terminal's cursor
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -84,8 +85,7 @@ def is_path(path: object) -> bool:
         return False
     if len(path) <= LONGEST_NAME // 4:
         return True
-    written = path.replace("\\", "/").encode(errors="surrogatepass")
-    return len(written) <= LONGEST_PATH and max(map(len, written.split(b"/"))) <= LONGEST_NAME
+    return not is_too_long(path)
 
 
 def is_too_long(path: str) -> bool:
