@@ -33,7 +33,7 @@ class Peft:
 
     def __init__(self, folder: Path) -> None:
         from lora_blip.inference import setup
-        from lora_blip.lora import adapter_file, header, injection, peft_names, peft_writer, targets
+        from lora_blip.lora import adapter_file, fit, header, injection, peft_names, peft_writer, targets
         from lora_blip.models import loading
         from lora_blip.runtime import runs
         from tests.support import tiny
@@ -42,7 +42,7 @@ class Peft:
         with redirect_stdout(io.StringIO()):
             tiny.save_blip(folder / "blip")
             self.backbone = loading.load_backbone(str(folder / "blip"), "cpu")
-        self.adapter_file, self.injection, self.setup, self.writer = adapter_file, injection, setup, peft_writer
+        self.adapter_file, self.fit, self.injection, self.setup, self.writer = adapter_file, fit, injection, setup, peft_writer
         self.allowed = (AdapterError, ConfigError, LoRAError, header.HeaderError)
         self.weights, self.config = folder / runs.PEFT_WEIGHTS, folder / runs.PEFT_CONFIG
         self.loaded = 0
@@ -134,7 +134,7 @@ class Peft:
         updates = self.writer.updates_of(adapter.sites, adapter.tensors)
         self.writer.written(adapter.metadata, adapter.sites, updates)
         if zlib.crc32(data) % 8:  # loading takes ten times as long as reading
-            self.adapter_file.check_fit(self.backbone.model, adapter)
+            self.fit.check_fit(self.backbone.model, adapter)
             return
         try:
             self.adapter_file.load(self.backbone, adapter)

@@ -23,6 +23,7 @@ from lora_blip.inference.questions import (
 )
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.fit import check_fit
 from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.lora.sites import quantization
 from lora_blip.metrics.names import validation_score
@@ -171,7 +172,7 @@ def open_task(
 def require_fit(backbone: Backbone, adapter: Adapter) -> None:
     """Raise AdapterError if the adapter was trained on another base. The message gives the setting that loads that base."""
     try:
-        adapter_file.check_fit(backbone.model, adapter)
+        check_fit(backbone.model, adapter)
     except AdapterError as error:
         own = ': MODEL = "" (--model ""; in Python: base=None)' * (backbone.name != adapter.base)
         raise AdapterError(f"{error}{own * str(error).endswith('load that base')}") from None

@@ -15,6 +15,7 @@ from lora_blip.config import InferConfig
 from lora_blip.errors import InputError, ModelError
 from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.model_lock import changing, lock_of
 from lora_blip.lora.routing import use_adapters
 from lora_blip.lora.sites import quantization
 from lora_blip.models.loading import Backbone
@@ -34,8 +35,9 @@ OPEN_AGAIN = "open it in each process, after a fork (gunicorn: without --preload
 class SharedBase:
     """The lock of one model, and the adapters that its captioners loaded. All captioners of the model share it."""
 
-    def __init__(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
+    def __init__(self, lock: threading.RLock) -> None:
+        """lock: the lock of the model, which `inject`, `eject` and other changes of its adapters hold too."""
+        self._lock, self._process = lock, os.getpid()
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
         # key of `names` → adapter; an entry disappears when its last captioner is deleted
         self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()
@@ -64,7 +66,7 @@ class SharedBase:
         """
         key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata, adapter.scale], default=str)
         model = backbone.model
-        with self.lock:
+        with self.lock, changing(model):
             in_use = self.in_use.get(key)  # this reference keeps the entry in `self.in_use`
             for unused in [other for other in self.names if other not in self.in_use]:
                 name = self.names.pop(unused)
@@ -73,13 +75,7 @@ class SharedBase:
             present = attached.names(model)
             if in_use is None or in_use.name not in present:
                 name = next(name for n in range(1, len(present) + 2) if (name := f"captioner_{n}") not in present)
-                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                try:
-                    adapter_file.load(backbone, adapter, name)
-                    attached.make_dormant(model, name)
-                finally:
-                    for parameter in trained:
-                        parameter.requires_grad_(True)
+                adapter_file.put(backbone, adapter, name, dormant=True)
                 in_use = self.in_use[key] = SharedAdapter(name)
                 self.names[key] = name
             return in_use
@@ -130,4 +126,4 @@ LOCK = threading.Lock()
 def shared(model: nn.Module) -> SharedBase:
     """Return the `SharedBase` of a model. Create it at the first call."""
     with LOCK:
-        return BASES.setdefault(model, SharedBase())
+        return BASES.setdefault(model, SharedBase(lock_of(model)))

@@ -8,7 +8,6 @@ Header: JSON under "lora_blip": ranks, task, base with samples of its weights, v
 import hashlib
 import json
 import sys
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from lora_blip.errors import AdapterError, LoRAError
+from lora_blip.errors import AdapterError
 from lora_blip.lora import attached, header, injection, peft_format
-from lora_blip.lora.adapter_tensors import check_keys, check_values, names_of, tensors_of
+from lora_blip.lora.adapter_tensors import check_keys, check_values, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
-from lora_blip.lora.fingerprint import dtype_note, same_weights, sample, samples, weights_dtype
+from lora_blip.lora.fingerprint import dtype_note, samples, weights_dtype
+from lora_blip.lora.fit import check_fit, check_image_size, image_size_of
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
-from lora_blip.lora.sites import Site, check_sites, is_linear, modules_of, refuse_meta, tied
+from lora_blip.lora.model_lock import changing
+from lora_blip.lora.sites import Site, refuse_meta
 from lora_blip.lora.variants import is_rescaled, rescale
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
@@ -139,7 +140,7 @@ def save(
             "architecture": type(model).__name__,
             "dtype": weights_dtype(model, loras.values()),
             "samples": base_samples,
-            **_image_size(model),
+            **image_size_of(model),
         },
         "task": task or {},
         "training": training or {},
@@ -218,10 +219,10 @@ def load(
     """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
     path: a file, a run folder, "latest", or a result of `read`. If the model has other adapters, their updates are added too;
-    `use_adapters` chooses. scale: factor of the change that the adapter makes; 1: as
-    trained, 0: the base. A scaled adapter cannot be saved. Raise AdapterError if the file is missing or damaged, or has
-    another base. Raise LoRAError if the base is on the meta device, or if a `Captioner` uses an adapter called `name`. The
-    model is then unchanged. In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
+    `use_adapters` chooses. scale: factor of the change that the adapter makes; 1: as trained, 0: the base. A scaled adapter
+    cannot be saved. Raise AdapterError if the file is missing or damaged, or has another base. Raise LoRAError if the base is
+    on the meta device, or if a `Captioner` uses an adapter called `name`. The model is then unchanged. In peft:
+    `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> adapter.task["name"], adapter.base
@@ -230,71 +231,25 @@ def load(
     model = model_of(backbone, path, 'lora_blip.load_adapter(backbone, "latest")')
     adapter = path if isinstance(path, Adapter) else read(locate(path))
     adapter = replace(adapter, scale=check_scale(adapter.scale) * check_scale(scale))
-    attached.check_unheld(model, name)
-    if name in attached.names(model):
-        raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
-    dropout = adapter.metadata["lora"].get("dropout", 0.0)
-    check_fit(model, adapter, dropout)
-    if note := dtype_note(adapter.base_dtype, model):
-        print(note, file=sys.stderr, flush=True)
-    _check_image_size(backbone, adapter)
-    injection.put(model, adapter.sites, dropout, name, adapter.tensors)
-    injection.freeze(model)
-    for lora in attached.adapters(model, name).values() if adapter.scale != 1 else ():
-        rescale(lora, adapter.scale)
+    with changing(model):
+        attached.check_unheld(model, name)
+        put(backbone, adapter, name)
+        injection.freeze(model)
     return adapter
 
 
-def check_fit(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> None:
-    """Raise AdapterError if a module is missing, has another shape, or has other weights than the base of the training."""
-    modules = modules_of(model)
-    remedy = f"the adapter was trained on {quoted(adapter.base)}; load that base"
-    for site in adapter.sites:
-        linear = modules.get(site.module)
-        if linear is None or not is_linear(linear):
-            raise AdapterError(f"{adapter.path}: this model has no linear {quoted(site.module)}; {remedy}")
-        start, stop = site.rows or (0, linear.out_features)
-        shapes = {"lora_A": (site.r, linear.in_features), "lora_B": (stop - start, site.r), "magnitude": (stop - start,)}
-        for key in names_of(site):
-            part = key.rpartition(".")[2]
-            saved, shape = tuple(adapter.tensors[key].shape), shapes[part]
-            if saved != shape or stop > linear.out_features:
-                message = f"{part} of {quoted(site.address)} is {saved}, and this model needs {shape}"
-                raise AdapterError(f"{adapter.path}: {message}; {remedy}")
-    for path, expected in adapter.metadata["base"]["samples"].items():
-        if path not in modules or not is_linear(modules[path]):
-            raise AdapterError(f"{adapter.path}: this model has no linear {quoted(path)}; {remedy}")
-        refuse_meta(path, modules[path])
-        if not same_weights(expected, sample(modules[path])):
-            raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those of the training; {remedy}")
-    try:
-        check_sites(model, adapter.sites, dropout)
-    except LoRAError as error:  # for example a tied head, which `save` never writes
-        again = ", and train the adapter again" * any(site.module in tied(model) for site in adapter.sites)
-        raise AdapterError(f"{adapter.path}: {error}{again}") from None
+def put(backbone: Loaded | nn.Module, adapter: Adapter, name: str, dormant: bool = False) -> None:
+    """Put an adapter on a backbone if it fits. The caller holds the lock of the model.
 
-
-def _check_image_size(backbone: Loaded | nn.Module, adapter: Adapter) -> None:
-    """Raise AdapterError if a backbone has another image size, unless the user chose it. For a plain model, only warn."""
-    size = _image_size(model_of(backbone)).get("image_size", 0)
-    if not adapter.image_size or not size or size == adapter.image_size:
-        return
-    if isinstance(backbone, Loaded):
-        if not backbone.chose_image_size:
-            raise AdapterError(
-                f"{adapter.path}: it was trained on images of {adapter.image_size}×{adapter.image_size}, and this backbone "
-                f"has {size}×{size}; load it by load_backbone(…, image_size={adapter.image_size}), or by image_size={size} "
-                "to use the adapter at that size"
-            )
-    else:
-        warnings.warn(
-            f"{adapter.path} was trained on images of {adapter.image_size}×{adapter.image_size}, and the config of this model "
-            f"says {size}×{size}",
-            stacklevel=3,
-        )
-
-
-def _image_size(model: Any) -> dict[str, int]:
-    """Return {"image_size": pixels}, or {} for a model whose config has no size."""
-    size = getattr(getattr(getattr(model, "config", None), "vision_config", None), "image_size", None)
-    return {"image_size": size} if isinstance(size, int) else {}
+    dormant: whether the adapter acts only in blocks of `use_adapters` that name it.
+    """
+    model, dropout = model_of(backbone), adapter.metadata["lora"].get("dropout", 0.0)
+    if name in attached.names(model):
+        raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
+    check_fit(model, adapter, dropout)
+    if note := dtype_note(adapter.base_dtype, model):
+        print(note, file=sys.stderr, flush=True)
+    check_image_size(backbone, adapter)
+    injection.put(model, adapter.sites, dropout, name, adapter.tensors, dormant)
+    for lora in attached.adapters(model, name).values() if adapter.scale != 1 else ():
+        rescale(lora, adapter.scale)

@@ -123,15 +123,6 @@ def share_routing(model: nn.Module) -> AdapterRouting:
     return routing
 
 
-def make_dormant(model: nn.Module, name: str) -> None:
-    """Let an adapter act only in blocks of `use_adapters` that name it. It is then not in the state_dict, and not trained."""
-    routing = share_routing(model)
-    routing.dormant |= {name}
-    routing.entered = routing.used = True
-    for lora in adapters(model, name).values():
-        lora.requires_grad_(False)
-
-
 def every_adapter(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
     """Yield (name, LoRA) for each linear and each adapter on it."""
     for linear in adapted_linears(model).values():
@@ -174,15 +165,19 @@ def check_unheld(model: nn.Module, *names: str) -> None:
             )
 
 
-def attach(linear: Any, site: Site, dropout: float, name: str, values: Mapping[str, Tensor] | None = None) -> None:
+def attach(
+    linear: Any, site: Site, dropout: float, name: str, values: Mapping[str, Tensor] | None = None,
+    routing: AdapterRouting | None = None,
+) -> None:  # fmt: skip
     """Put an adapter on a linear, and `lora_hook` if it is the first one.
 
     values: the tensors of a file; None: a new adapter, whose A is drawn on the CPU, so that each device gets the same numbers.
-    An adapter of a file needs no draw.
+    An adapter of a file needs no draw. routing: the routing of the model; None: a new one.
     """
     if not has_adapters(linear):
-        linear.lora = AdapterStack()
-        linear.lora.routing = AdapterRouting()
+        stack = AdapterStack()
+        stack.routing = routing or AdapterRouting()
+        linear.lora = stack
         linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # first: other hooks see the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
     where = "meta" if values is not None or device.type == "meta" else "cpu"

@@ -24,6 +24,7 @@ from lora_blip.lora.attached import names as attached_names
 from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable, check_stored
 from lora_blip.lora.merging import fold_all, write_back
+from lora_blip.lora.model_lock import changing
 from lora_blip.lora.save_guard import guard
 from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, modules_of, name_of
 from lora_blip.lora.targets import find
@@ -64,8 +65,15 @@ def inject(
     names = targets if isinstance(targets, str) else items
     by_name = bool(items) and all(isinstance(item, str) for item in items)
     sites = find(model, names, r, alpha, variant) if by_name else list_sites(items)
-    by_address = {site.address: site for site in sites}
     check_new_name(name)
+    with changing(model):
+        _put_new(model, sites, dropout, name)
+        return adapters(model, name)
+
+
+def _put_new(model: nn.Module, sites: list[Site], dropout: float, name: str) -> None:
+    """Put a new adapter on the sites, or change the dropout of the present one, and freeze the base."""
+    by_address = {site.address: site for site in sites}
     check_unheld(model, name)
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != by_address:
@@ -81,23 +89,34 @@ def inject(
             put(model, sites, dropout, name)
         _check_start(model, name)
     freeze(model)
-    return adapters(model, name)
 
 
-def put(model: nn.Module, sites: Iterable[Site], dropout: float, name: str, values: Mapping[str, Tensor] | None = None) -> None:
-    """Put a new adapter on sites that `check_sites` has checked. values: the tensors of a file; None: a new adapter."""
+def put(
+    model: nn.Module, sites: Iterable[Site], dropout: float, name: str, values: Mapping[str, Tensor] | None = None,
+    dormant: bool = False,
+) -> None:  # fmt: skip
+    """Put a new adapter on sites that `check_sites` has checked. values: the tensors of a file; None: a new adapter.
+
+    dormant: whether the adapter acts only in blocks of `use_adapters` that name it. It is then not in the state_dict, and not
+    trained. It is dormant before it is on the first linear, because another thread may run the model at the same time.
+    """
     check_new_name(name)
     modules = modules_of(model)
     for site in sites:
         check_decomposable(site, modules[site.module])
+    routing = share_routing(model)
+    if dormant:
+        routing.sleep(name)
     try:
         for site in sites:
-            attach(modules[site.module], site, dropout, name, values)
+            attach(modules[site.module], site, dropout, name, values, routing)
     except BaseException:  # such as too little memory, or Ctrl-C
         for linear in adapted_linears(model).values():
             remove(linear, {key for key in linear.lora if name_of(key) == name})
+        routing.dormant -= {name}
         raise
-    share_routing(model)
+    for lora in adapters(model, name).values() if dormant else ():
+        lora.requires_grad_(False)
     add_fused_hooks(model)
     guard(model)
 
@@ -149,30 +168,31 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     >>> lora_blip.eject(backbone)
     """
     model = model_of(model, name, 'lora_blip.eject(backbone, "default")')
-    check_names(model, [] if name is None else [name])
-    hooked = adapted_linears(model)
+    with changing(model), share_routing(model).lock:
+        check_names(model, [] if name is None else [name])
+        _remove_from_all(model, name)
+        clear_if_bare(model)
+
+
+def _remove_from_all(model: nn.Module, name: str | None) -> None:
+    """Take one adapter off all linears, or all adapters. Put the original weights back if it is merged."""
+    hooked, routing = adapted_linears(model), share_routing(model)
     leaving = {path: {key for key in linear.lora if name in (None, name_of(key))} for path, linear in hooked.items()}
     staying = {path: linear.lora.merged - leaving[path] for path, linear in hooked.items()}
-    routing = share_routing(model)
-    with routing.lock:
-        for path, linear in hooked.items():
-            named = {name_of(key) for key in leaving[path]}
-            if any(block.active.selects(each) for block in linear.lora.routing.blocks for each in named):
-                if named & routing.dormant:
-                    raise LoRAError("a Captioner is predicting with the adapter; wait until its call has ended, then eject")
-                raise LoRAError("a block of `use_adapters` names the adapter; leave that block first, then eject")
-        refold = {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged}
-        check_mergeable(model, refold)
-        for path, linear in hooked.items():
-            if linear.lora.merged & leaving[path]:
-                check_stored(path, linear)
-        fold_all(hooked, refold)
-        for path, linear in hooked.items():
-            if linear.lora.merged & leaving[path]:
-                write_back(linear)
-            remove(linear, leaving[path])
-        routing.dormant &= frozenset(attached_names(model))
-    clear_if_bare(model)
+    for keys in leaving.values():
+        if any(block.active.selects(name_of(key)) for block in routing.blocks for key in keys):
+            raise LoRAError("a block of `use_adapters` names the adapter; leave that block first, then eject")
+    refold = {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged}
+    check_mergeable(model, refold)
+    for path, linear in hooked.items():
+        if linear.lora.merged & leaving[path]:
+            check_stored(path, linear)
+    fold_all(hooked, refold)
+    for path, linear in hooked.items():
+        if linear.lora.merged & leaving[path]:
+            write_back(linear)
+        remove(linear, leaving[path])
+    routing.dormant &= frozenset(attached_names(model))
 
 
 def check_new_name(name: str) -> None:

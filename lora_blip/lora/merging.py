@@ -21,6 +21,7 @@ from lora_blip.lora.attached import (
 )
 from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable, check_stored
+from lora_blip.lora.model_lock import changing
 from lora_blip.lora.sites import name_of
 from lora_blip.lora.variants import FUSED, change_of, original_of
 
@@ -42,9 +43,9 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     model = model_of(model, next(iter(names), None), 'lora_blip.merge(backbone, "default")')
     if len(names) == 1 and isinstance(names[0], list | tuple):
         raise LoRAError(f"merge takes names, not a list; call lora_blip.merge(backbone, {', '.join(map(repr, names[0]))})")
-    check_names(model, names)
-    check_unheld(model, *names)
     with writing(model) as hooked:
+        check_names(model, names)
+        check_unheld(model, *names)
         chosen = names or set(attached.names(model)) - share_routing(model).dormant
         keys = {p: m.lora.merged | {k for k in m.lora if name_of(k) in chosen} for p, m in hooked.items()}
         keys = {path: own for path, own in keys.items() if own}
@@ -63,7 +64,7 @@ def restore(model: nn.Module | Loaded) -> None:
     >>> lora_blip.restore(backbone)
     """
     model = model_of(model)
-    with share_routing(model).lock:
+    with changing(model), share_routing(model).lock:
         merged = {path: linear for path, linear in adapted_linears(model).items() if linear.lora.merged}
         for path, linear in merged.items():
             check_stored(path, linear)
@@ -91,7 +92,7 @@ def bake(model: nn.Module | Loaded) -> None:
         fold_all(hooked, keys, torch.device("cpu"))
         for linear in hooked.values():
             detach(linear)
-    clear_if_bare(model)
+        clear_if_bare(model)
 
 
 def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None:
@@ -104,11 +105,8 @@ def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None
 
 @contextmanager
 def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Prevent entry into `use_adapters` and `disable_adapters` while weights are written. Raise LoRAError inside a block."""
-    routing = share_routing(model)
-    with routing.lock:
-        if any(block.active.selects(name) for block in routing.blocks for name in routing.dormant):
-            raise LoRAError("a Captioner is predicting on this model in another thread; wait until its call has ended")
+    """Hold the model's lock, and prevent entry into `use_adapters` and `disable_adapters`. Raise LoRAError inside a block."""
+    with changing(model), (routing := share_routing(model)).lock:
         if routing.blocks:
             raise LoRAError(
                 "a block of `use_adapters` or `disable_adapters` is active, here or in another thread or task, and a merged "

@@ -68,6 +68,11 @@ class AdapterRouting:
     def __reduce__(self) -> tuple[type, tuple[bool, frozenset[str], bool]]:
         return AdapterRouting, (self.fast, self.dormant, self.has_dora)  # a copy of a model is in no block
 
+    def sleep(self, name: str) -> None:
+        """Let an adapter act only in blocks of `use_adapters` that name it."""
+        self.dormant |= {name}
+        self.entered = self.used = True
+
     @property
     def block(self) -> Optional["Block"]:
         """Return the innermost block of this model in the current context."""
@@ -101,7 +106,7 @@ class AdapterRouting:
             raise LoRAError(
                 "adapters were merged after they had been chosen or disabled here; call lora_blip.restore(model) first"
             )
-        for key, adapter in stack.items():
+        for key, adapter in list(stack.items()):  # a copy, because another thread may put an adapter on this linear
             rows = None if key in stack.merged else self.rows(name_of(key), x)
             if rows is ALL:
                 output = output + update_of(adapter, linear, x, y).to(output.dtype)

@@ -63,7 +63,8 @@ def modules_of(model: nn.Module) -> dict[str, Any]:
         seen.add(id(module))
         found[path] = module
         prefix = f"{path}." if path else ""
-        waiting += [(prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+        children = list(module._modules.items())  # a copy, because another thread may put an adapter on this module
+        waiting += [(prefix + name, child) for name, child in reversed(children) if child is not None]
     return found
 
 

@@ -12,6 +12,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.errors import AdapterError
 from lora_blip.lora import adapter_file, injection, targets
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.fit import check_fit
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import Backbone
@@ -59,7 +60,7 @@ def check_base(adapter: Adapter, backbone: Backbone, task: str) -> None:
     task: that of this training. If the adapter has another one, its base may not have this task.
     """
     try:
-        adapter_file.check_fit(backbone.model, adapter)
+        check_fit(backbone.model, adapter)
     except AdapterError as error:
         flag = f": --model {quoted_for_shell(adapter.base)}" * str(error).endswith("load that base")
         if (own := adapter.task.get("name", task)) != task:

@@ -27,6 +27,7 @@ from lora_blip.training.checkpoint import REMEDY, checked_tensor
 from lora_blip.training.loss_scale import LossScaler
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+LAST_SKIPPED = 3  # a run fails if at least so many steps were skipped at its end: its adapter is probably useless
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Progress:
         self.skipped = self.skipped + 1 if skipped else 0
         self.group += 1
         self.slot = 0
+
+    def fails(self, max_skipped: int, epochs: int) -> bool:
+        """Return True if too many steps in a row were skipped: `max_skipped`, or LAST_SKIPPED at the end of the run."""
+        return self.skipped >= (max_skipped if self.epoch < epochs else min(max_skipped, LAST_SKIPPED))
 
 
 class Objective(nn.Module):

@@ -53,6 +53,7 @@ def train(config: TrainConfig) -> Path:
             session.stop_after_skipped_steps()
             session.checkpoint_if_due()
             session.validate_if_due()
+        session.stop_after_skipped_steps()
         session.validate_if_due(at_the_end=True)
         return session.save_adapter()
 

@@ -221,7 +221,7 @@ class Run:
                 result = f" the current adapter is not saved: {error};"
         command = this_command(without=["--resume"], added=["--resume", str(self.folder)])
         how = f"to resume: {command}" if command else "start again with the same settings to resume"
-        if progress.skipped >= self.config.max_skipped:
+        if progress.fails(self.config.max_skipped, self.config.epochs):
             how = "a resumed run would stop in the same way"
         with suppress(OSError):  # the terminal may be closed
             print("\n" + printable(f"stopped after step {progress.step} of {progress.total};{result} {how}"))

@@ -137,9 +137,9 @@ class Session:
             self.run.log_step(progress.step, progress.epoch, update, rate, learner.images)
 
     def stop_after_skipped_steps(self) -> None:
-        """Raise TrainingError if `max_skipped` steps in a row were skipped because a loss or gradient was not finite."""
+        """Raise TrainingError if too many steps in a row were skipped because a loss or gradient was not finite."""
         skipped = self.learner.progress.skipped
-        if skipped >= self.config.max_skipped:
+        if self.learner.progress.fails(self.config.max_skipped, self.config.epochs):
             wider = {"fp16": ["bf16", "fp32"], "bf16": ["fp32"]}.get(self.config.precision, [])
             fixes = ["lower LR", *(f'set PRECISION = "{name}" (--precision {name})' for name in wider)]
             fixes += ["set COMPILE = False (--no-compile)"] * self.config.compile
@@ -232,6 +232,11 @@ class Session:
         print(
             f"saved {printable(run.adapter_path)}", *filter(None, [summary.score_line(run.folder, run.best, start)]), sep="\n"
         )
+        if skipped := self.learner.progress.skipped:
+            print(
+                f"warning: {counted(skipped, 'step', 'were')} skipped at the end, because a loss or gradient was not finite; "
+                "if the results of the adapter are wrong, lower LR"
+            )
         if self.learner.ranks.main and (plot := attempt("loss curve", lambda: plots.draw(run.folder) or NO_PLOT)):
             print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
         dataset: Any = self.batches.dataset

@@ -717,11 +717,6 @@ def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monk
         pass
     with lora_blip.disable_adapters(base):  # those of the caller
         assert captioner("image_test/000.png") == expected
-    with lora_blip.use_adapters(base, "captioner_1"):  # as in a call of another thread
-        with pytest.raises(LoRAError, match="a Captioner is predicting with the adapter; wait"):
-            lora_blip.eject(base)
-        with pytest.raises(LoRAError, match="a Captioner is predicting on this model in another thread; wait"):
-            lora_blip.merge(base)
     lora_blip.load_adapter(base, "adapter2", name="mine")
     lora_blip.merge(base)
     with pytest.raises(LoRAError, match=r"merged into the base that this captioner uses; call lora_blip\.restore\(backbone\)"):
@@ -792,6 +787,51 @@ def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monke
 
     for number, results in enumerate(asyncio.run(tasks())):
         assert [(p.text, p.error) for p in results] == expected[number % 4]
+
+
+def test_adapters_may_change_while_other_threads_predict(workplace, monkeypatch):
+    """Each batch is computed before or after a change of the model, not during it. Own adapters act for the base alone."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    some: dict[str, Any] = {"base": base, "batch_size": 2, "max_new_tokens": 6}
+    adapted, plain = Captioner.from_adapter("adapter1", **some), Captioner.from_adapter(None, **some)
+    images = ["image_test/000.png", "image_test/001.png"]
+    results = lambda captioner: [(p.text, p.score) for p in captioner(images)]  # noqa: E731
+    expected, of_base = results(adapted), results(plain)
+    lora_blip.load_adapter(base, "adapter2", name="own")
+    of_own = results(plain)
+    lora_blip.merge(base, "own")
+    of_merged = results(plain)
+    lora_blip.eject(base, "own")
+    stop, others, merged, found = threading.Event(), [], 0, set[Any]()
+
+    def predict(captioner: Captioner, allowed: list[Any]) -> None:
+        nonlocal merged
+        while not stop.is_set():
+            try:
+                found.add(str(result := results(captioner)))
+                others.extend([result] * (result not in allowed))
+            except LoRAError as error:
+                assert captioner is adapted and "an adapter is merged into the base" in str(error)
+                merged += 1
+
+    with ThreadPoolExecutor(3) as pool:
+        threads = [pool.submit(predict, adapted, [expected])]
+        threads += [pool.submit(predict, plain, [of_base, of_own, of_merged]) for _ in range(2)]
+        try:
+            until = time.monotonic() + 6
+            while time.monotonic() < until:
+                lora_blip.load_adapter(base, "adapter2", name="own")
+                lora_blip.merge(base, "own")
+                lora_blip.restore(base)
+                lora_blip.inject(base, "text", name="new")
+                lora_blip.eject(base, "own")
+                lora_blip.eject(base, "new")
+        finally:
+            stop.set()
+        for thread in threads:
+            thread.result()
+    assert not others and len(found) > 2 and results(adapted) == expected and results(plain) == of_base
 
 
 def test_threads_may_open_bases_at_the_same_time(checkpoints):

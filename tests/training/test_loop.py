@@ -33,7 +33,7 @@ from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, run_name
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import examples, learner, session, setup, summary, validation
 from lora_blip.training.best import Best, few_images_warning
-from lora_blip.training.learner import Learner
+from lora_blip.training.learner import Learner, Progress
 from lora_blip.training.loop import learning_rate, train
 from lora_blip.training.loss_scale import LossScaler
 from lora_blip.training.run_folder import Run
@@ -159,7 +159,7 @@ def test_bf16_trains(checkpoints, tmp_path):
 )
 def test_the_fix_for_skipped_steps_changes_a_setting_of_this_run(changes, fix):
     self: Any = SimpleNamespace(learner=Mock(), config=TrainConfig(max_skipped=2, **changes), run=Mock(last_skip="x"))
-    self.learner.progress.skipped = 2
+    self.learner.progress = Progress(skipped=2)
     with pytest.raises(
         TrainingError,
         match=rf"2 steps in a row: .* To fix it, start a new run \(RESUME = 'off', --resume off\), and in it {fix}",
@@ -181,6 +181,29 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
         train(config)
     (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
     assert adapter_file.read(path).metadata["training"] | {"settings": 0} == {"steps": 2, "finished": False, "settings": 0}
+
+
+@pytest.mark.parametrize(("good", "fails"), [(1, True), (2, False)], ids=["three steps skipped", "two steps skipped"])
+def test_a_short_run_whose_last_steps_are_skipped_does_not_end_as_a_success(
+    checkpoints, tmp_path, monkeypatch, capsys, good, fails
+):
+    """A run of four steps never reaches MAX_SKIPPED = 10. If it fails, it fails again after a resume."""
+
+    def poison(count: int, learner: Learner) -> None:
+        if count == good + 1:
+            learner.task.backbone.model.vision_model.encoder.layers[1].mlp.fc1.weight.data.fill_(3e38)
+
+    before_each_step(monkeypatch, poison)
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=4, val_fraction=0.0, batch_size=64)
+    if not fails:
+        train(config)
+        printed = capsys.readouterr().out
+        assert "warning: 2 steps were skipped at the end" in printed and "lower LR" in printed
+        return
+    for resume in ("off", "auto"):
+        with pytest.raises(TrainingError, match=r"^3 steps in a row: skipped .* lower LR"):
+            train(replace(config, resume=resume))
+        assert "a resumed run would stop in the same way" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("validate_every", [2, 3])
@@ -509,7 +532,7 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch,
     run = object.__new__(Run)
     run.folder = tmp_path / "a run"
     run.config = TrainConfig(max_skipped=3)
-    run.learner = SimpleNamespace(progress=SimpleNamespace(step=0, total=9, skipped=0))
+    run.learner = SimpleNamespace(progress=Progress(total=9))
     run.bar = SimpleNamespace(close=lambda: None)
     for argv, end in (
         (["x/lora-blip", "train", "--resume", "old", "--lr=1"], f"to resume: lora-blip train --lr=1 --resume '{run.folder}'"),

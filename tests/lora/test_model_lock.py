@@ -1,0 +1,132 @@
+"""A change of the adapters waits for the lock of the model, and an adapter of a captioner is never active by itself."""
+
+import os
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_blip
+from lora_blip.inference.shared_base import shared
+from lora_blip.lora import adapter_file, injection
+from lora_blip.lora.model_lock import LOCKS, changing, lock_of
+from lora_blip.lora.sites import Site
+
+
+def tree() -> nn.Sequential:
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+
+
+CHANGES: dict[str, Any] = {
+    "inject": lambda model: lora_blip.inject(model, [Site("0.0", 2)], name="another"),
+    "eject": lora_blip.eject,
+    "merge": lora_blip.merge,
+    "restore": lora_blip.restore,
+    "bake": lora_blip.bake,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("of_part", (False, True), ids=("the model", "a part of it"))
+def test_a_change_waits_until_the_lock_of_the_model_is_free(name, of_part):
+    part = tree()
+    model = nn.Sequential(part, nn.Linear(4, 4)) if of_part else part
+    lora_blip.inject(part, [Site("0.0", 2)])
+    change = threading.Thread(target=CHANGES[name], args=(part,))
+    with lock_of(model):
+        change.start()
+        change.join(0.2)
+        assert change.is_alive()
+    change.join(10)
+    assert not change.is_alive()
+
+
+def test_models_without_a_common_module_do_not_wait_for_each_other():
+    with lock_of(tree()):
+        thread = threading.Thread(target=lambda: lora_blip.inject(tree(), [Site("1", 2)]))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_two_threads_that_change_overlapping_models_do_not_wait_forever():
+    whole = tree()
+    parts = [whole, whole[0], whole[1], nn.Sequential(whole[0], whole[1])]
+
+    def work(part: nn.Module) -> None:
+        for _ in range(300):
+            with changing(part):
+                pass
+
+    threads = [threading.Thread(target=work, args=(part,), daemon=True) for part in (*parts, *reversed(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_captioner_and_a_change_use_the_same_lock():
+    model = tree()
+    assert shared(model).lock is lock_of(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_process_does_not_wait_for_a_thread_of_its_parent():
+    model = tree()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_of(model):
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    child = os.fork()
+    if not child:
+        os._exit(0 if lock_of(model).acquire(timeout=5) else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_table_keeps_no_model_alive():
+    before = len(LOCKS)
+    model = tree()
+    lock_of(model)
+    del model
+    assert len(LOCKS) == before
+
+
+@pytest.mark.parametrize("in_block", (False, True), ids=("without a block", "in a block of another adapter"))
+def test_an_adapter_of_a_captioner_is_never_active_by_itself(make, tmp_path, monkeypatch, in_block):
+    """Another thread may run the model after each linear that gets the adapter."""
+    source, backbone = make("blip"), make("blip")
+    for lora in lora_blip.inject(source, "vit").values():
+        nn.init.normal_(lora.B)
+    adapter = adapter_file.read(lora_blip.save_adapter(tmp_path / "adapter.safetensors", source))
+    x = torch.randn(1, 3, backbone.image_size, backbone.image_size)
+    run = lambda: backbone.model.vision_model(x).last_hidden_state  # noqa: E731
+    attach, outputs = injection.attach, list[torch.Tensor]()
+
+    def observed(*args: Any) -> None:
+        attach(*args)
+        outputs.append(run())
+
+    with torch.no_grad(), ExitStack() as blocks:
+        if in_block:
+            lora_blip.inject(backbone, "vit", name="other")
+            blocks.enter_context(lora_blip.use_adapters(backbone, "other"))
+        expected = run()
+        monkeypatch.setattr(injection, "attach", observed)
+        name = shared(backbone.model).load(backbone, adapter).name
+        assert outputs and all(torch.equal(each, expected) for each in outputs) and torch.equal(run(), expected)
+        monkeypatch.setattr(injection, "attach", attach)
+        blocks.close()
+        with lora_blip.use_adapters(backbone, name):
+            assert not torch.equal(run(), expected)
