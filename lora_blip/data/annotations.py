@@ -8,7 +8,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from lora_blip.data import columns
-from lora_blip.data.columns import of_two_files
+from lora_blip.data.columns import in_all_lines, in_this_line, of_two_files
 from lora_blip.data.decoding import undecodable
 from lora_blip.data.entries import LeftOut, Located, Location
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
@@ -108,6 +108,8 @@ def read(
             _collect(valid, builder, splits, groups, report)
             notes.append(partial(describe, len(parsed), builder.root))
             valid_lines, problems = (valid_lines + valid if valid_lines else valid), problems + invalid
+    if valid_lines:
+        problems = [replace(problem, reason=in_this_line(problem.reason)) for problem in problems]
     unused, problems = problems, [problem for problem in problems if not isinstance(problem.reason, LeftOut)]
     if len(valid_lines) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
@@ -119,7 +121,7 @@ def read(
 def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], unused: list[Problem], on_bad_data: str) -> None:
     """Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop"."""
     if not valid_lines and (message := one_problem([problem.reason for problem in problems])):
-        raise DataError(f"{problems[0]} ({message})")
+        raise DataError(f"{in_all_lines(str(problems[0]))} ({message})")
     if problems and on_bad_data == "stop":
         rename = "" if valid_lines else rename_command(source, (problem.reason for problem in problems))
         raise DataError(f"{problems[0]}\n{rename}" if rename else f"{listing(problems)}\n{SKIP}")

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry
 from lora_blip.errors import DataError
+from lora_blip.runtime.command_line import KEY_FLAGS
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import quoted, shorten
 
@@ -19,6 +21,11 @@ UNKNOWN = re.compile(
 SPECIAL = re.compile(r"[\"$`\\!%]")  # characters that a shell interprets between double quotes
 FEW_COLUMNS = 12  # largest number of columns that a message lists
 COMMON = {"image": IMAGE_KEYS, "text": TEXT_KEYS, "question": ("question",), "answers": ANSWER_KEYS}
+EITHER = re.compile(r"if only this line has a typo, (?P<typo>write .*); otherwise (?P<all>name the right one: )")
+NAMED = re.compile(r"name the right one:(?P<flags> --.+)$")
+MEANT = re.compile(
+    r"""(?P<start>it has no ['"](?P<name>[^'"]*)['"]; its keys are .*; )did you mean (?P<flags>--\w+-key .+)\?$"""
+)
 ALIKE = 0.6  # difflib's ratio of two names that are suggested for each other
 
 
@@ -99,6 +106,30 @@ def renamed(entry: Entry, named: Mapping[str, str]) -> Entry | str:
     return unknown_name(entry, named) or {
         ours.get(key, key): value for key, value in entry.items() if key in ours or key not in ours.values()
     }
+
+
+def in_this_line(reason: str) -> str:
+    """Return the reason for an invalid line with a fix for this line alone. A flag would make the valid lines invalid."""
+    if match := EITHER.search(reason):
+        return reason[: match.start()] + match["typo"]
+    if match := NAMED.search(reason):
+        return reason[: match.start()] + " and ".join(
+            f'add "{_ours(flag)}"' if value == "KEY" else f'write "{_ours(flag)}" for {quoted(shlex.split(value)[0])}'
+            for flag, value in KEY_FLAGS.findall(match["flags"])
+        )
+    if match := MEANT.search(reason):
+        ((_, value),) = KEY_FLAGS.findall(match["flags"])
+        return f'{reason[: match.start()]}{match["start"]}write "{match["name"]}" for {quoted(shlex.split(value)[0])}'
+    return reason
+
+
+def in_all_lines(reason: str) -> str:
+    """Return the reason for an invalid line with a fix for all lines, because all lines have it."""
+    return EITHER.sub(r"\g<all>", reason)
+
+
+def _ours(flag: str) -> str:
+    return "answers" if flag == "answer" else flag
 
 
 def swapped(texts: Sequence[str]) -> str:

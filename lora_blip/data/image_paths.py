@@ -18,7 +18,8 @@ MOST_FILES = 2_000_000  # largest number of files of an image root that are list
 SUGGESTED = 20  # missing images whose messages suggest an existing name
 SAMPLE = 64  # images whose paths are searched before the first step if CHECK_IMAGES is "lazy"
 COMPARED = 5000  # largest number of existing names that a suggestion compares
-SEVERAL = "; write its folder too, or set IMAGE_ROOT (--image-root) to its folder"  # the end of a reason: several files match
+# the end of a reason: several files match
+SEVERAL = "; write its folder too. If all images are in one of these folders, set IMAGE_ROOT (--image-root) to it"
 SHOWN = 3  # largest number of candidates in a message
 COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # COCO 2017 has the same photos without this prefix
 UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file in Label Studio

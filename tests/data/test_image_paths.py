@@ -44,7 +44,7 @@ MISSING = {  # path as written → part of the reason
     "fish/2.png": "does not exist; another folder has a file of this name: 'cat/2.png'",
     "/content/fish/2.png": "does not exist",
     "/content/val/cat/3.png": "does not exist; another folder has a file of this name: 'train/cat/3.png'",
-    "1.png": "'1.png' may be 'cat/1.png' or 'dog/1.png'; write its folder too, or set IMAGE_ROOT (--image-root) to its folder",
+    "1.png": "'1.png' may be 'cat/1.png' or 'dog/1.png'; write its folder too. If all images are in one of these folders, set",
     "cat/11.png": "does not exist; the nearest existing name is 'cat/1.png'",
     "../cat/9.png": "does not exist",
     "C:\\": "does not exist",

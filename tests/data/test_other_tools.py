@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lora_blip.data import annotations
-from lora_blip.data.formats import Keys
+from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
 from lora_blip.tasks.caption import CaptionTask
@@ -188,19 +188,45 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
     ],
 )
 def test_a_misspelled_key_in_one_line_is_corrected_in_this_line(folder, line, typo, flag):
-    """A flag would make every other line wrong."""
-    path = write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, line])
+    """A flag would make every other line wrong, so it is named only if no line is right."""
+    with pytest.raises(DataError) as error:
+        read(write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, line]))
+    assert f"; {typo}\n" in str(error.value) and "-key" not in str(error.value)
     with pytest.raises(
         DataError, match=re.escape(f"if only this line has a typo, {typo}; otherwise name the right one: {flag}\n")
     ):
-        read(path)
+        read(write(folder / "x.jsonl", [line]))
+    with pytest.raises(DataError, match=re.escape(f"; name the right one: {flag} (all 3 lines have this problem)")):
+        read(write(folder / "x.jsonl", [line, line, line]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "good", "line", "fix"),
+    [
+        (NO_KEYS, {"image": "1.png", "text": "a"}, {"image": "1.png", "my words": "a cube"}, "write \"text\" for 'my words'"),
+        (NO_KEYS, {"image": "1.png", "text": "a"}, {"foto": "1.png", "text": "a"}, "write \"image\" for 'foto'"),
+        (NO_KEYS, {"image": "1.png", "text": "a"}, {"image": "1.png", "label": 3}, 'add "text"'),
+        (Keys(text="words"), {"image": "1.png", "words": "a"}, {"image": "1.png", "wrods": "a"}, "write \"words\" for 'wrods'"),
+        (Keys(text="words"), {"image": "1.png", "words": "a"}, {"image": "1.png", "text": "a"}, "write \"words\" for 'text'"),
+    ],
+)
+def test_a_fix_for_one_line_does_not_change_the_names_of_the_valid_lines(folder, tmp_path, keys, good, line, fix):
+    path = write(folder / "x.jsonl", [good, line])
+    flags = {f"{name}_key": value for name, value in vars(keys).items() if value}
+    for run in (
+        lambda: read(path, keys=keys),
+        lambda: prepare(PrepareConfig(str(path), output_dir=str(tmp_path / "out"), **flags)),
+    ):
+        with pytest.raises(DataError) as error:
+            run()
+        assert f"; {fix}\n" in str(error.value) and "-key" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ({"image": "1.png", "quesiton": "what?", "answer": "a"}, "write \"question\" for 'quesiton'\n"),
-        ({"imgae": "1.png", "question": "what?", "answer": "a"}, "otherwise name the right one: --image-key imgae\n"),
+        ({"imgae": "1.png", "question": "what?", "answer": "a"}, "write \"image\" for 'imgae'\n"),
     ],
 )
 def test_a_misspelled_key_of_a_question_gives_no_flag_for_the_text(folder, line, message):
