@@ -29,6 +29,7 @@ IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|h
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 # a control character that JSON reads from an unescaped backslash → a slash and the letter in the file
 LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})
+NO_ANSWER = 'add "answers", a list of texts, or "answer", a text'
 SIMILAR = 0.7  # difflib's ratio of a key and a known key, of which it may be a misspelling
 NOT_UTF8 = "it is not UTF-8 (or contains half a surrogate pair); save the file as UTF-8"
 
@@ -157,7 +158,8 @@ def _question(rest: Entry, answered: bool) -> Entry:
     answers = _take(rest, ANSWER_KEYS, [])
     answers = answers if isinstance(answers, list) else [answers]
     if not answers and not may_be_empty:
-        raise _ValueError('no answer: add "answers", a list of texts, or "answer", a text')
+        typo = next((typo for key in rest if (typo := _typo(key, ANSWER_KEYS))), "")
+        raise _ValueError(f"no answer: {f'write {typo}' if typo else NO_ANSWER}")
     texts = [item.get("answer", item) if isinstance(item, dict) else item for item in answers]
     entry: Entry = {"question": question, "answers": [_tidied("answer", text) for text in texts]}
     number = rest.pop("question_id", None)

@@ -23,6 +23,7 @@ CALLS = {
     "retrieval": 'captioner.rank(image, ["a red cube", "a blue cube"])',
 }
 RANK_ANSWERS = 'captioner.rank(image, ["red", "blue"], question="what color is it?")'
+BYTES = bytes | bytearray | memoryview  # Python iterates over their numbers
 OTHERS = {  # how to get what the adapter does not do
     "caption": '. For captions, open an adapter of the task caption, or base="Salesforce/blip-image-captioning-base"',
     "vqa": '. For answers, open an adapter of the task vqa, or base="Salesforce/blip-vqa-base"',
@@ -87,7 +88,7 @@ def checked_questions(question: Any) -> tuple[list[str], bool]:
 
     Raise InputError for anything else.
     """
-    if not isinstance(question, str | Iterable) or isinstance(question, Mapping):
+    if not isinstance(question, str | Iterable) or isinstance(question, Mapping | BYTES):
         raise InputError(f"the question is of type {type(question).__name__}; expected a text, as in {CALLS['vqa']}")
     questions = [question] if isinstance(question, str) else list(question)
     for position, each in enumerate(questions):
@@ -103,7 +104,7 @@ def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) ->
     kind: "adapter" or "model", for messages. The tokenizer of the task is used, and it is not thread-safe.
     """
     call = CALLS["retrieval"]
-    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, str | Mapping | BYTES) or not isinstance(texts, Iterable):
         raise InputError(f"texts is {quoted(texts)}; give a list, as in {call}")
     texts = list(texts)
     for position, text in enumerate(texts):

@@ -208,7 +208,7 @@ class Captioner:
         listed, questions = listed * (len(questions) if one_image else 1), questions * (len(listed) if one_question else 1)
         if len(questions) != len(listed):
             counts = f"{counted(len(listed), 'image')} and {counted(len(questions), 'question')}"
-            raise InputError(f"{counts}; give 1 question, or one for each image")
+            raise InputError(f"{counts}; give one question as a text, or a list with one question for each image")
         requests = ((*each, text) for each, text in zip(listed, questions, strict=True))
         predictions = list(self._predict(requests, [], strict))
         return predictions[0] if one_image and one_question else predictions

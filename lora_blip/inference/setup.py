@@ -218,7 +218,7 @@ def task_of(
     if adapter and config and config.model and backbone.architecture not in TASKS[name].architectures:
         raise ConfigError(
             f"MODEL = {config.model!r} is a {backbone.architecture}, but the adapter {adapter.path} is for the task {name}; "
-            'to use the base of the adapter, set MODEL = "" (--model "")'
+            'to use the base of the adapter, set MODEL = "" (--model ""; in Python: base=None)'
         )
     task = TASKS[name](backbone, "" if prompt == "none" else prompt, generation)
     if adapter and attached.names(backbone.model):

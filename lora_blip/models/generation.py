@@ -32,7 +32,8 @@ Check = tuple[Callable[[Any], bool], str]
 
 
 def _whole(least: int, most: int = 2**31 - 1) -> Check:
-    return lambda value: type(value) is int and least <= value <= most, f"a whole number from {least}"
+    words = f"a whole number from {least}" + f" to {most}" * (most < 2**31 - 1)
+    return lambda value: type(value) is int and least <= value <= most, words
 
 
 def _number(least: float, most: float, words: str) -> Check:

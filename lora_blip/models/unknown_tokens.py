@@ -8,7 +8,7 @@ from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 SHOWN = 3  # texts named in a report
-REMEDY = 'a base with a byte-level tokenizer knows every text, such as MODEL = "Salesforce/blip2-opt-2.7b"'
+REMEDY = 'a base with a byte-level tokenizer knows every text, such as "Salesforce/blip2-opt-2.7b"'
 
 
 class UnknownTokens:

@@ -137,8 +137,9 @@ class TextCount:
         if not isinstance(task, TextTask):
             return []
         cut = [self._describe_cut(task, what, examples)] if self.cut else []
-        empty = f"{self.empty:,} of {self.total:,} {what} are empty; "
-        return cut + [f"{empty}a longer training (EPOCHS) or a lower learning rate (LR) may help"] * bool(self.empty)
+        empty = f"{self.empty:,} of {self.total:,} {what} are empty"
+        advice = "; a longer training (EPOCHS) or a lower learning rate (LR) may help" * (what != OF_BASE)
+        return cut + [empty + advice] * bool(self.empty)
 
     def _describe_cut(self, task: TextTask, what: str, examples: Iterable[Example]) -> str:
         most = task.generation.max_new_tokens
@@ -151,7 +152,7 @@ class TextCount:
             )
             fix = f"All reference texts fit this limit, so a larger one does not help: {cause}"
         elif longer > most:
-            fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"
+            fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer}); if the texts repeat words, train longer instead"
         else:
             fix = "The model has no room for longer texts"
         return f"{self.cut:,} of {self.total:,} {what} were cut after {counted(most, 'token')}, before their end. {fix}"

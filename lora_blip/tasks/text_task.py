@@ -26,6 +26,7 @@ from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import TextRows
 from lora_blip.models.text_check import ONLY_UNKNOWN, TextChecker
 from lora_blip.models.token_rows import IGNORE, plain_ids, take_rows, token_names
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
 
@@ -176,9 +177,11 @@ class TextTask(Task[TextRows]):
         self.prompt_warning = self.checker.unknown.report([(0, (prompt,))], "prompt")
         room, needed = self.most_new_tokens(prompt), self.generation.max_new_tokens
         if room < needed:
+            if room < 1:
+                raise ConfigError(f"the prompt is {counted(1 - room, 'token')} too long for this model; shorten it")
             raise ConfigError(
-                f"max_new_tokens = {needed}: the model has room for {room} after the prompt; shorten the prompt"
-                + f", or set MAX_NEW_TOKENS = {room} (--max-new-tokens {room})" * (room > 0)
+                f"max_new_tokens = {needed}: the model has room for {room} after the prompt; shorten the prompt, or set "
+                f"MAX_NEW_TOKENS = {room} (--max-new-tokens {room})"
             )
 
     def most_new_tokens(self, prompt: str) -> int:

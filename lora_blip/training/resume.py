@@ -21,7 +21,7 @@ from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.training import checkpoint
 from lora_blip.training.checkpoint import Saved
-from lora_blip.training.learner import Learner
+from lora_blip.training.learner import LAST_SKIPPED, Learner
 
 # Settings that may change before a run is resumed, because they change no update. Paths such as model,
 # annotations and init_adapter are in the list because the identity contains digests of their content.
@@ -131,12 +131,18 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
                 notes.append(f"{saved.run} was interrupted and renamed (from {name}). To resume it, add --resume {saved.run}")
         elif not changed:
             return saved, notes
-        elif not lock.is_held(saved.run):  # another process is training it
+        elif not (lock.is_held(saved.run) or _has_diverged(saved)):  # another process is training it
             others.append((saved, changed))
     if others and config.allow_changed:
         saved, changed = others[0]
         return saved, notes + _notes_on_changes(changed)
     return None, notes + ([_note_on_others(others)] if others else [])
+
+
+def _has_diverged(saved: Saved) -> bool:
+    """Return True if the last steps of a run were skipped, so that it is of no use with other settings."""
+    skipped = saved.state["progress"].get("skipped", 0)
+    return isinstance(skipped, int) and skipped >= LAST_SKIPPED
 
 
 def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.annotations import TABLES
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
@@ -71,20 +72,25 @@ def evaluate_line(
 ) -> str:
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
-    The references are the validation file, the test.jsonl or val.jsonl beside the annotations that fits the task, or, for the
-    demo's training images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl.
+    The references are the validation file, the test.jsonl or val.jsonl beside the annotations that fits the task, a test or val
+    file of the type of the annotations, such as test.csv, or, for the demo's training images, the file of the task in
+    image_test. If none exists, the line asks the user to write test.jsonl.
     examples: the training lines. reading: the result of `reading_flags`, for val_annotations.
     """
     source = Path(annotations)
-    candidates = [source.with_name("test.jsonl"), source.with_name("val.jsonl")]
+    types = dict.fromkeys((".jsonl", source.suffix))
+    candidates = [source.with_name(f"{name}{suffix}") for suffix in types for name in ("test", "val")]
     for demo in (source.with_name(TRAINING_IMAGES), source.parent):  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
-    existing = [path for path in candidates if path.is_file() and path != source and _asks(path) == (task == "vqa")]
+    others = [path for path in candidates if path.is_file() and path != source]
+    existing = [path for path in others if path.suffix in TABLES or _asks(path) == (task == "vqa")]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     flags = reading if val_annotations else ()  # the training has read this file with these flags
     if not val_annotations and existing and existing[0].parent == source.parent and ROOT in reading:
         flags = reading[reading.index(ROOT) :][:2]  # the same images, but perhaps other columns
+    if not val_annotations and existing and existing[0].suffix in TABLES:
+        flags = reading  # the same columns
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
         ""

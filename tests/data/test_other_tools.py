@@ -200,6 +200,14 @@ def test_a_misspelled_key_in_one_line_is_corrected_in_this_line(folder, line, ty
         read(write(folder / "x.jsonl", [line, line, line]))
 
 
+def test_prepare_corrects_the_misspelled_key_of_an_answer(folder, tmp_path):
+    good = {"image": "1.png", "question": "what?", "answer": "a"}
+    for other, fix in (("anwser", "write \"answer\" for 'anwser'"), ("note", 'add "answers", a list of texts, or "answer", a')):
+        path = write(folder / "x.jsonl", [good, {"image": "1.png", "question": "what?", other: "a"}])
+        with pytest.raises(DataError, match=f"x.jsonl:2: no answer: {re.escape(fix)}"):
+            prepare(PrepareConfig(str(path), output_dir=str(tmp_path / "out")))
+
+
 @pytest.mark.parametrize(
     ("keys", "good", "line", "fix"),
     [

@@ -880,6 +880,13 @@ def test_wrong_types_of_texts_and_questions_are_input_errors(make, photos, texts
             next(vqa.stream(photos, question=question))
     with pytest.raises(InputError, match="the question is of type dict"):
         vqa.answer(photos[0], {"what?": 1})
+    for text in (b"what?", bytearray(b"x")):  # Python iterates over the numbers of bytes
+        with pytest.raises(InputError, match="texts is "):
+            vqa.rank(photos[0], text, question="what?")
+    with pytest.raises(InputError, match="the question is of type bytes"):
+        vqa.answer(photos[0], b"what?")
+    with pytest.raises(InputError, match="2 images and 1 question; give one question as a text, or a list with one question"):
+        vqa.answer(photos[:2], ["what?"])
 
 
 def test_errors_do_not_repeat_a_long_input(captioner, workplace, monkeypatch):

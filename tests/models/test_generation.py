@@ -131,7 +131,7 @@ def test_a_refused_option_has_its_reason(name):
         ({"_from_model_config": True}, "'_from_model_config' is not a field"),
         ({"top_p": 7}, "generation: top_p = 7: expected a number from 0 to 1"),
         ({"temperature": "hot"}, "generation: temperature = 'hot': expected a number above 0"),
-        ({"num_beams": True}, "generation: num_beams = True: expected a whole number from 1"),
+        ({"num_beams": True}, "generation: num_beams = True: expected a whole number from 1 to 1024"),
         ({"num_beams": 10**6}, "num_beams = 1000000: expected"),
         ({"bad_words_ids": [5]}, "bad_words_ids = [5]: expected a list of lists of token ids"),
         ({"suppress_tokens": [2**40]}, "expected a list of token ids"),

@@ -163,6 +163,8 @@ def test_a_caption_longer_than_the_model_s_positions_is_refused_at_once(make):
     for kind in ("blip", "opt"):
         with pytest.raises(ConfigError, match="max_new_tokens = 70: the model has room for"):
             CaptionTask(make(kind), "", Generation(max_new_tokens=70))
+        with pytest.raises(ConfigError, match=r"the prompt is \d+ tokens too long for this model; shorten it"):
+            CaptionTask(make(kind), "a red cube " * 40)
 
 
 def test_exact_match_by_hand():

@@ -19,7 +19,7 @@ from lora_blip.lora import adapter_file
 from lora_blip.models.language import CutText
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.text_length import MARGIN, TextCount, fit_generation, longer_texts, token_counts
+from lora_blip.tasks.text_length import MARGIN, OF_BASE, TextCount, fit_generation, longer_texts, token_counts
 from lora_blip.tasks.vqa import VqaTask
 from lora_blip.training.loop import train
 from tests.support import tiny
@@ -148,8 +148,10 @@ def test_the_fix_is_a_number_that_the_model_has_room_for(make):
     task = CaptionTask(make("blip"), "", Generation(10))
     count = TextCount().add([CutText("a"), "b", CutText("c"), " "])
     cut, empty = count.warnings(task, "texts")
-    assert cut == "2 of 4 texts were cut after 10 tokens, before their end. Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20)"
+    fix = "Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20); if the texts repeat words, train longer instead"
+    assert cut == f"2 of 4 texts were cut after 10 tokens, before their end. {fix}"
     assert empty == "1 of 4 texts are empty; a longer training (EPOCHS) or a lower learning rate (LR) may help"
+    assert count.warnings(task, OF_BASE)[1] == "1 of 4 texts of the base are empty"
     assert "train longer (EPOCHS, MAX_STEPS)" in count.warnings(task, "texts", [example("a cube")])[0]
     assert "Set MAX_NEW_TOKENS" in count.warnings(task, "texts", [example("a cube " * 9)])[0]
     room = task.language.room("") + 1

@@ -204,6 +204,9 @@ def test_a_short_run_whose_last_steps_are_skipped_does_not_end_as_a_success(
         with pytest.raises(TrainingError, match=r"^3 steps in a row: skipped .* lower LR"):
             train(replace(config, resume=resume))
         assert "a resumed run would stop in the same way" in capsys.readouterr().out
+    before_each_step(monkeypatch, lambda *_: None)
+    train(replace(config, resume="auto", lr=1e-5))
+    assert "was interrupted" not in capsys.readouterr().out  # the diverged run is of no use
 
 
 @pytest.mark.parametrize("validate_every", [2, 3])
@@ -482,6 +485,11 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     assert summary.evaluate_line("vqa", run, lines, "", demo, columns).endswith("val.jsonl")  # it may have other columns
     rooted = summary.evaluate_line("vqa", run, lines, "", demo, [*columns, "--image-root", "photos"])
     assert rooted.endswith("val.jsonl --image-root photos")  # a file beside the annotations has the same images
+    (tmp_path / "table").mkdir()
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / "table" / name).write_text("Datei;Text\n1.png;a\n")
+    table = summary.evaluate_line("caption", run, str(tmp_path / "table/train.csv"), "", own, columns)
+    assert table.endswith(f"{command}{tmp_path}/table/test.csv --image-key Datei")
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "", demo)
 
