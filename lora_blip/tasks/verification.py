@@ -108,7 +108,7 @@ def check(
     """Compare once per key on this machine. If the difference is too large, switch the fast path off on every rank."""
     if ranks.broadcast(verification_record.is_verified(key) if ranks.main else None):
         return
-    report("comparing the fast path with transformers' own computation on one batch, once on this machine")
+    report("comparing the fast path with transformers' own computation on one batch, once for these settings on this machine")
     start, differences, problem = time.perf_counter(), list[Difference](), ""
     with restored_random_state(task.backbone.device):
         try:
