@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image
 
 from lora_blip.data import columns
-from lora_blip.data.columns import in_all_lines, in_this_line, of_two_files
+from lora_blip.data.columns import of_two_files
 from lora_blip.data.decoding import undecodable
-from lora_blip.data.entries import LeftOut, Located, Location
+from lora_blip.data.entries import LeftOut, Located, Location, in_all_lines, in_this_line
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
@@ -121,7 +121,7 @@ def read(
 def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], unused: list[Problem], on_bad_data: str) -> None:
     """Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop"."""
     if not valid_lines and (message := one_problem([problem.reason for problem in problems])):
-        raise DataError(f"{in_all_lines(str(problems[0]))} ({message})")
+        raise DataError(f"{replace(problems[0], reason=in_all_lines(problems[0].reason))} ({message})")
     if problems and on_bad_data == "stop":
         rename = "" if valid_lines else rename_command(source, (problem.reason for problem in problems))
         raise DataError(f"{problems[0]}\n{rename}" if rename else f"{listing(problems)}\n{SKIP}")

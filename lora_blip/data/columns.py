@@ -1,31 +1,26 @@
 """Describe the columns of a table in an error message, and name the flags that select the right ones."""
 
 import difflib
+import json
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault
 from lora_blip.errors import DataError
-from lora_blip.runtime.command_line import KEY_FLAGS
 from lora_blip.runtime.system_errors import quoted_for_shell
-from lora_blip.runtime.untrusted import quoted, shorten
+from lora_blip.runtime.untrusted import pasteable, quoted, shorten
 
 INTEGER = re.compile(r"-?[0-9]+")
 UNKNOWN = re.compile(
-    r"""name the (?:columns|right one):(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+))+)|no column has the name|it has no '"""
+    r"""name the (?:columns|right one):(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+))+)|no column has the name"""
+    r"""|it has no '(?!.*; write ")"""  # not if the fix changes only one line
 )
 SPECIAL = re.compile(r"[\"$`\\!%]")  # characters that a shell interprets between double quotes
 FEW_COLUMNS = 12  # largest number of columns that a message lists
 COMMON = {"image": IMAGE_KEYS, "text": TEXT_KEYS, "question": ("question",), "answers": ANSWER_KEYS}
-EITHER = re.compile(r"if only this line has a typo, (?P<typo>write .*); otherwise (?P<all>name the right one: )")
-NAMED = re.compile(r"name the right one:(?P<flags> --.+)$")
-MEANT = re.compile(
-    r"""(?P<start>it has no ['"](?P<name>[^'"]*)['"]; its keys are .*; )did you mean (?P<flags>--\w+-key .+)\?$"""
-)
 ALIKE = 0.6  # difflib's ratio of two names that are suggested for each other
 
 
@@ -39,7 +34,13 @@ def described(header: Sequence[str], below: Sequence[Sequence[str]]) -> str:
 
 
 def meant(ours: str, name: str, header: Sequence[str]) -> str:
-    """Return the end of a message with the flag of the column that a wrong name means, or "" if there is none.
+    """Return the end of a message with the flag of the column that a wrong name means, or "" if there is none."""
+    near = near_column(ours, name, header)
+    return f"\ndid you mean {flag_of(ours, near)}?" if near else ""
+
+
+def near_column(ours: str, name: str, header: Sequence[str]) -> str:
+    """Return the column that a wrong name means, or "" if there is none.
 
     It is a similar column, or else one with a common name. A column is similar if one name contains the other, or if difflib
     finds it. ours: "image", "text", "question" or "answers".
@@ -49,7 +50,7 @@ def meant(ours: str, name: str, header: Sequence[str]) -> str:
     inside = [cell for cell in plain if wanted and (wanted in cell or (len(cell) > 2 and cell in wanted))]
     common = [cell for cell in COMMON[ours] if cell in plain]
     near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE) or common), "")
-    return f"\ndid you mean {flag_of(ours, plain[near])}?" if near else ""
+    return plain.get(near, "")
 
 
 @contextmanager
@@ -96,8 +97,12 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
         return ""
     name = named[wrong[0]]
     others = [key for key in entry if key not in named.values()]
-    fix = meant(wrong[0], name, others).strip()
-    return f"it has no {quoted(name)}; its keys are {shorten(quoted(list(entry))[1:-1])}{'; ' * bool(fix)}{fix}"
+    near = near_column(wrong[0], name, others)
+    start = f"it has no {quoted(name)}; its keys are {shorten(quoted(list(entry))[1:-1])}"
+    if not near:
+        return start
+    here = f"write {pasteable(json.dumps(name, ensure_ascii=False))} for {quoted(near)}"
+    return KeyFault(f"{start}; ", f"did you mean {flag_of(wrong[0], near)}?", here)
 
 
 def renamed(entry: Entry, named: Mapping[str, str]) -> Entry | str:
@@ -106,30 +111,6 @@ def renamed(entry: Entry, named: Mapping[str, str]) -> Entry | str:
     return unknown_name(entry, named) or {
         ours.get(key, key): value for key, value in entry.items() if key in ours or key not in ours.values()
     }
-
-
-def in_this_line(reason: str) -> str:
-    """Return the reason for an invalid line with a fix for this line alone. A flag would make the valid lines invalid."""
-    if match := EITHER.search(reason):
-        return reason[: match.start()] + match["typo"]
-    if match := NAMED.search(reason):
-        return reason[: match.start()] + " and ".join(
-            f'add "{_ours(flag)}"' if value == "KEY" else f'write "{_ours(flag)}" for {quoted(shlex.split(value)[0])}'
-            for flag, value in KEY_FLAGS.findall(match["flags"])
-        )
-    if match := MEANT.search(reason):
-        ((_, value),) = KEY_FLAGS.findall(match["flags"])
-        return f'{reason[: match.start()]}{match["start"]}write "{match["name"]}" for {quoted(shlex.split(value)[0])}'
-    return reason
-
-
-def in_all_lines(reason: str) -> str:
-    """Return the reason for an invalid line with a fix for all lines, because all lines have it."""
-    return EITHER.sub(r"\g<all>", reason)
-
-
-def _ours(flag: str) -> str:
-    return "answers" if flag == "answer" else flag
 
 
 def swapped(texts: Sequence[str]) -> str:

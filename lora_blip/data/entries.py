@@ -44,6 +44,32 @@ class LeftOut(str):
     __slots__ = ()
 
 
+class KeyFault(str):
+    """The reason why an entry lacks a key. The fix depends on the other lines of the file."""
+
+    __slots__ = ("end", "end_here", "start")
+    start: str
+    end: str
+    end_here: str
+
+    def __new__(cls, start: str, end: str, end_here: str, may_be_a_typo: bool = False) -> "KeyFault":
+        """start: the first part of the reason. end: the fix by a flag, for all lines. end_here: the fix for this line only."""
+        both = f"if only this line has a typo, {end_here}; otherwise {end}" if may_be_a_typo else end
+        fault = super().__new__(cls, start + both)
+        fault.start, fault.end, fault.end_here = start, end, end_here
+        return fault
+
+
+def in_this_line(reason: str) -> str:
+    """Return the reason with a fix that changes only this line. A flag would make the valid lines of the file invalid."""
+    return reason.start + reason.end_here if isinstance(reason, KeyFault) else reason
+
+
+def in_all_lines(reason: str) -> str:
+    """Return the reason with a fix by a flag, for a file in which all lines have the same problem."""
+    return reason.start + reason.end if isinstance(reason, KeyFault) else reason
+
+
 class WrittenFloat(float):
     """A JSON number with a point or an exponent. It keeps its spelling in the file, so that the answer 1.50 stays 1.50."""
 
@@ -77,9 +103,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     rest = dict(entry)
     key = first_key(rest, IMAGE_KEYS)
     if key is None:
-        return (
-            f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path{_keys_to_name(rest, no_image=True)}"
-        )
+        return _key_fault(f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path", rest, no_image=True)
     image = _path_in(rest.pop(key))
     if not isinstance(image, str) or not image.strip():
         value = "null" if image is None else quoted(image) if image != "" else "empty"
@@ -92,7 +116,8 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     try:
         result = {"image": image} | (_question(rest, answered) if "question" in rest else _caption(rest)) | _prompt(rest) | rest
     except _ValueError as error:
-        return str(error)
+        reason: str = error.args[0]
+        return reason
     return NOT_UTF8 if _has_surrogates(result) else result
 
 
@@ -112,44 +137,51 @@ def _path_in(image: object) -> object:
 def _caption(rest: Entry) -> Entry:
     """Remove the text from `rest`, and return {"text": …}. Raise _ValueError if it is missing or invalid."""
     if rest.keys().isdisjoint(TEXT_KEYS):
-        keys = _keys_to_name(rest, no_image=False)
-        raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS[:2])}, or question and answers{keys}")
+        start = f"no text: expected one of the keys {', '.join(TEXT_KEYS[:2])}, or question and answers"
+        raise _ValueError(_key_fault(start, rest, no_image=False))
     text = _take(rest, TEXT_KEYS)
     inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
     return {"text": _tidied("text", text[inside] if inside else text)}
 
 
-def _keys_to_name(rest: Entry, no_image: bool) -> str:
-    """Return the end of a message about a line without a known key: its keys, and flags that name the likely ones.
+def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
+    """Return a message about a line without a known key: `start`, its keys, and flags that name the likely ones.
 
     no_image: whether the key of the image is missing too. A likely image is a path of an image file; a likely text is the
     longest other value.
     """
     if not rest:
-        return ""
+        return start
     strings = {key: value.strip() for key, value in rest.items() if isinstance(value, str)}
     images = [key for key, value in strings.items() if no_image and IMAGE_NAME.fullmatch(value)]
     texts = sorted(strings.keys() - images, key=lambda key: (-len(strings[key]), key))
-    flags = ["--image-key " + (pasteable(quoted_for_shell(images[0])) if images else "KEY")] * no_image
+    named = [("image", images[0] if images else "")] * no_image
     if rest.keys().isdisjoint(TEXT_KEYS) and (texts or not no_image):
-        flags.append("--text-key " + (pasteable(quoted_for_shell(texts[0])) if texts else "KEY"))
+        named.append(("text", texts[0] if texts else ""))
     has_text = "question" in rest or not rest.keys().isdisjoint(TEXT_KEYS)
     absent = (*(IMAGE_KEYS if no_image else ()), *(() if has_text else (*TEXT_KEYS, "question")))
     typos = [typo for key in rest if (typo := _typo(key, absent))]
     asks = not rest.keys().isdisjoint(("question", *ANSWER_KEYS))  # a flag for the text would make it a caption
-    flags = [flag for flag in flags if not (asks and flag.startswith("--text-key"))]
-    if typos and not flags:
-        return f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; write {' and '.join(typos)}"
-    fix = f"if only this line has a typo, write {' and '.join(typos)}; otherwise " if typos else ""
-    return f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; {fix}name the right one: {' '.join(flags)}"
+    named = [(ours, key) for ours, key in named if not (asks and ours == "text")]
+    start += f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; "
+    if typos and not named:
+        return f"{start}write {' and '.join(typos)}"
+    flags = " ".join(f"--{ours}-key {pasteable(quoted_for_shell(key)) if key else 'KEY'}" for ours, key in named)
+    changes = [f'write "{ours}" for {quoted(key)}' if key else f'add "{ours}"' for ours, key in named]
+    here = f"write {' and '.join(typos)}" if typos else " and ".join(changes)
+    return KeyFault(start, f"name the right one: {flags}", here, may_be_a_typo=bool(typos))
 
 
 def _typo(key: str, absent: Sequence[str]) -> str:
     """Return which of the absent keys a key may misspell, as in "text" for 'txet', or ""."""
     if key in (*TEXT_KEYS, *ANSWER_KEYS, "question"):
         return ""
-    near = difflib.get_close_matches(key.casefold(), absent, 1, SIMILAR)
-    return f'"{near[0]}" for {quoted(key)}' if near else ""
+    plain, words = key.casefold(), re.split("[_ -]", key.casefold())
+    near = next(iter(difflib.get_close_matches(plain, absent, 1, SIMILAR)), "")
+    has_known_word = len(words) > 1 and not set(absent).isdisjoint(words)
+    if not near or has_known_word or (near in plain and len(plain) > len(near) + 1):  # answer_type and answerable mean others
+        return ""
+    return f'"{near}" for {quoted(key)}'
 
 
 def _question(rest: Entry, answered: bool) -> Entry:

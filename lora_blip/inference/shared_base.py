@@ -1,9 +1,11 @@
 """Share one model between several captioners: one lock for its computations, and the adapters that they load."""
 
+import itertools
 import json
 import os
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import NoReturn
@@ -36,8 +38,9 @@ class SharedBase:
     """The lock of one model, and the adapters that its captioners loaded. All captioners of the model share it."""
 
     def __init__(self, lock: threading.RLock) -> None:
-        """lock: the lock of the model, which `inject`, `eject` and other changes of its adapters hold too."""
+        """lock: the lock of the model. `inject`, `eject` and the other functions that change its adapters hold it too."""
         self._lock, self._process = lock, os.getpid()
+        self.numbers = itertools.count(1)  # of the names; a name is used once, because a captioner may still have it
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
         # key of `names` → adapter; an entry disappears when its last captioner is deleted
         self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()
@@ -59,6 +62,13 @@ class SharedBase:
             )
         return self._lock
 
+    @contextmanager
+    def changing(self, model: nn.Module) -> Iterator[None]:
+        """Hold the lock of the model and of those that share modules with it. Raise ModelError in a forked process."""
+        _ = self.lock  # raises the error
+        with changing(model):
+            yield
+
     def load(self, backbone: Backbone, adapter: Adapter) -> SharedAdapter:
         """Load an adapter on the model, unless a captioner has already loaded it. Eject adapters whose captioners are deleted.
 
@@ -66,7 +76,7 @@ class SharedBase:
         """
         key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata, adapter.scale], default=str)
         model = backbone.model
-        with self.lock, changing(model):
+        with self.changing(model):
             in_use = self.in_use.get(key)  # this reference keeps the entry in `self.in_use`
             for unused in [other for other in self.names if other not in self.in_use]:
                 name = self.names.pop(unused)
@@ -74,7 +84,7 @@ class SharedBase:
                     injection.eject(model, name)
             present = attached.names(model)
             if in_use is None or in_use.name not in present:
-                name = next(name for n in range(1, len(present) + 2) if (name := f"captioner_{n}") not in present)
+                name = next(name for n in self.numbers if (name := f"captioner_{n}") not in present)
                 adapter_file.put(backbone, adapter, name, dormant=True)
                 in_use = self.in_use[key] = SharedAdapter(name)
                 self.names[key] = name
@@ -124,6 +134,9 @@ LOCK = threading.Lock()
 
 
 def shared(model: nn.Module) -> SharedBase:
-    """Return the `SharedBase` of a model. Create it at the first call."""
+    """Return the `SharedBase` of a model. Create it at the first call, after each change of its adapters has ended."""
+    if model not in BASES:
+        with changing(model):  # a change that has already started does not hold the new lock
+            pass
     with LOCK:
         return BASES.setdefault(model, SharedBase(lock_of(model)))

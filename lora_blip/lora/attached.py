@@ -114,12 +114,13 @@ def share_routing(model: nn.Module) -> AdapterRouting:
         )
     routing: AdapterRouting = (in_block or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(vars(module).get(FAST, True) for module in modules)
-    routing.has_dora = any(each.has_dora for each in routings)
-    routing.entered, routing.recorded = any(each.entered for each in routings), any(each.recorded for each in routings)
-    routing.used = routing.entered or routing.has_dora
-    routing.dormant = frozenset().union(*(each.dormant for each in routings))
-    for stack in stacks:
-        stack.routing = routing
+    if len(routings) > 1:  # otherwise nothing changes, and another thread may be writing these attributes
+        routing.has_dora = any(each.has_dora for each in routings)
+        routing.entered, routing.recorded = any(each.entered for each in routings), any(each.recorded for each in routings)
+        routing.used = routing.entered or routing.has_dora
+        routing.dormant = frozenset().union(*(each.dormant for each in routings))
+        for stack in stacks:
+            stack.routing = routing
     return routing
 
 

@@ -24,7 +24,7 @@ from lora_blip.lora.attached import names as attached_names
 from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable, check_stored
 from lora_blip.lora.merging import fold_all, write_back
-from lora_blip.lora.model_lock import changing
+from lora_blip.lora.model_lock import changing, related
 from lora_blip.lora.save_guard import guard
 from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, modules_of, name_of
 from lora_blip.lora.targets import find
@@ -98,7 +98,7 @@ def put(
     """Put a new adapter on sites that `check_sites` has checked. values: the tensors of a file; None: a new adapter.
 
     dormant: whether the adapter acts only in blocks of `use_adapters` that name it. It is then not in the state_dict, and not
-    trained. It is dormant before it is on the first linear, because another thread may run the model at the same time.
+    trained. The name is dormant before the first linear gets the adapter, because another thread may run the model.
     """
     check_new_name(name)
     modules = modules_of(model)
@@ -192,7 +192,8 @@ def _remove_from_all(model: nn.Module, name: str | None) -> None:
         if linear.lora.merged & leaving[path]:
             write_back(linear)
         remove(linear, leaving[path])
-    routing.dormant &= frozenset(attached_names(model))
+    # `model` may be a part of the model whose adapters share this routing
+    routing.dormant &= frozenset(name for whole in related(model) for name in attached_names(whole))
 
 
 def check_new_name(name: str) -> None:

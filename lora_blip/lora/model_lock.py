@@ -27,15 +27,19 @@ def lock_of(model: nn.Module) -> threading.RLock:
 
 @contextmanager
 def changing(model: nn.Module) -> Iterator[None]:
-    """Hold the lock of a model, and those of the models that share a module with it, such as the model that contains it.
+    """Hold the lock of a model. Also hold the locks of all models that share a module with it, such as one that contains it.
 
     The locks are acquired in the order of their creation, so two threads cannot wait for each other.
     """
+    with ExitStack() as held:
+        for each in related(model):
+            held.enter_context(lock_of(each))
+        yield
+
+
+def related(model: nn.Module) -> list[nn.Module]:
+    """Return the models with a lock that share a module with a model, and the model itself, in the order of their locks."""
     lock_of(model)
     own = {id(module) for module in modules_of(model).values()}
-    with ExitStack() as held:
-        for reference in LOCKS.keyrefs():  # a list, which does not change if another thread creates a lock
-            other = reference()
-            if other is not None and any(id(module) in own for module in modules_of(other).values()):
-                held.enter_context(lock_of(other))
-        yield
+    known = [other for reference in LOCKS.keyrefs() if (other := reference()) is not None]
+    return [other for other in known if any(id(module) in own for module in modules_of(other).values())]

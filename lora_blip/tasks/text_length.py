@@ -152,7 +152,8 @@ class TextCount:
             )
             fix = f"All reference texts fit this limit, so a larger one does not help: {cause}"
         elif longer > most:
-            fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer}); if the texts repeat words, train longer instead"
+            fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"
+            fix += "; if the texts repeat words, train longer instead" * (what != OF_BASE)
         else:
             fix = "The model has no room for longer texts"
         return f"{self.cut:,} of {self.total:,} {what} were cut after {counted(most, 'token')}, before their end. {fix}"

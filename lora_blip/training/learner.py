@@ -27,7 +27,7 @@ from lora_blip.training.checkpoint import REMEDY, checked_tensor
 from lora_blip.training.loss_scale import LossScaler
 
 Autocast = Callable[[], AbstractContextManager[Any]]
-LAST_SKIPPED = 3  # a run fails if at least so many steps were skipped at its end: its adapter is probably useless
+LAST_SKIPPED = 3  # a run fails if its last 3 steps or more were skipped: its adapter is probably useless
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,11 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
                 notes.append(f"{saved.run} was interrupted and renamed (from {name}). To resume it, add --resume {saved.run}")
         elif not changed:
             return saved, notes
-        elif not (lock.is_held(saved.run) or _has_diverged(saved)):  # another process is training it
-            others.append((saved, changed))
+        elif not lock.is_held(saved.run):  # another process is training it
+            if _has_diverged(saved):
+                notes.append(f"{saved.run} is not resumed: a loss or gradient of its last steps was not finite")
+            else:
+                others.append((saved, changed))
     if others and config.allow_changed:
         saved, changed = others[0]
         return saved, notes + _notes_on_changes(changed)
@@ -140,7 +143,7 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
 
 
 def _has_diverged(saved: Saved) -> bool:
-    """Return True if the last steps of a run were skipped, so that it is of no use with other settings."""
+    """Return True if the last steps of a run were skipped. To resume it with other settings is then of no use."""
     skipped = saved.state["progress"].get("skipped", 0)
     return isinstance(skipped, int) and skipped >= LAST_SKIPPED
 

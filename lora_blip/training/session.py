@@ -145,7 +145,8 @@ class Session:
             fixes += ["set COMPILE = False (--no-compile)"] * self.config.compile
             raise TrainingError(
                 f"{counted(skipped, 'step')} in a row: skipped because a loss or gradient was not finite. "
-                f"The last reason: {self.run.last_skip}. To fix it, start a new run (RESUME = 'off', --resume off), and in it "
+                + f"The last reason: {self.run.last_skip}. " * bool(self.run.last_skip)  # unknown after a resume
+                + f"To fix it, start a new run (RESUME = 'off', --resume off), and in it "
                 f"{', or '.join(fixes)}"
             )
 

@@ -72,24 +72,25 @@ def evaluate_line(
 ) -> str:
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
-    The references are the validation file, the test.jsonl or val.jsonl beside the annotations that fits the task, a test or val
-    file of the type of the annotations, such as test.csv, or, for the demo's training images, the file of the task in
-    image_test. If none exists, the line asks the user to write test.jsonl.
+    The references are the first of these files that exists: the validation file; test.jsonl or val.jsonl beside the
+    annotations, if it fits the task; a table with the suffix of the annotations, such as test.csv; for the demo's training
+    images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl.
     examples: the training lines. reading: the result of `reading_flags`, for val_annotations.
     """
     source = Path(annotations)
-    types = dict.fromkeys((".jsonl", source.suffix))
-    candidates = [source.with_name(f"{name}{suffix}") for suffix in types for name in ("test", "val")]
+    suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
+    candidates = [source.with_name(f"{name}{suffix}") for suffix in suffixes for name in ("test", "val")]
     for demo in (source.with_name(TRAINING_IMAGES), source.parent):  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     others = [path for path in candidates if path.is_file() and path != source]
-    existing = [path for path in others if path.suffix in TABLES or _asks(path) == (task == "vqa")]
+    asks = task == "vqa"
+    existing = [path for path in others if _asks(path) == asks or (_is_table(path) and "--question-key" in reading)]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     flags = reading if val_annotations else ()  # the training has read this file with these flags
     if not val_annotations and existing and existing[0].parent == source.parent and ROOT in reading:
         flags = reading[reading.index(ROOT) :][:2]  # the same images, but perhaps other columns
-    if not val_annotations and existing and existing[0].suffix in TABLES:
+    if not val_annotations and existing and _is_table(existing[0]):
         flags = reading  # the same columns
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
@@ -108,11 +109,21 @@ def reading_flags(config: TrainConfig) -> list[str]:
 
 
 def _asks(path: Path) -> bool:
-    """Return True if the first line of a JSONL file is a question. An unreadable file has no question."""
+    """Return True if the first line of a JSONL file is a question, or the header of a table contains the word question.
+
+    An unreadable file has no question.
+    """
     with suppress(OSError, ValueError), path.open(encoding="utf-8-sig") as lines:
-        first = parsed(lines.readline(LONGEST))
+        line = lines.readline(LONGEST)
+        if _is_table(path):
+            return "question" in line.casefold()
+        first = parsed(line)
         return isinstance(first, dict) and "question" in first
     return False
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLES
 
 
 def adapter_flag(folder: Path) -> list[str]:

@@ -216,6 +216,15 @@ def test_prepare_corrects_the_misspelled_key_of_an_answer(folder, tmp_path):
         (NO_KEYS, {"image": "1.png", "text": "a"}, {"image": "1.png", "label": 3}, 'add "text"'),
         (Keys(text="words"), {"image": "1.png", "words": "a"}, {"image": "1.png", "wrods": "a"}, "write \"words\" for 'wrods'"),
         (Keys(text="words"), {"image": "1.png", "words": "a"}, {"image": "1.png", "text": "a"}, "write \"words\" for 'text'"),
+        (Keys(text="l'a"), {"image": "1.png", "l'a": "a"}, {"image": "1.png", "la": "a"}, "write \"l'a\" for 'la'"),
+        (NO_KEYS, {"image": "1.png", "text": "a"}, {"image": "1.png", 'my"key': "a cube"}, 'write "text" for \'my"key\''),
+        (NO_KEYS, {"image": "1.png", "text": "a"}, {"image": "1.png", "foto\\": "a cube"}, "write \"text\" for 'foto\\\\'"),
+        (
+            Keys(text="words"),
+            {"image": "1.png", "words": "a"},
+            {"image": "1.png", "words; did you mean --x-key y": "a"},
+            "write \"words\" for 'words; did you mean --x-key y'",
+        ),
     ],
 )
 def test_a_fix_for_one_line_does_not_change_the_names_of_the_valid_lines(folder, tmp_path, keys, good, line, fix):
@@ -227,7 +236,36 @@ def test_a_fix_for_one_line_does_not_change_the_names_of_the_valid_lines(folder,
     ):
         with pytest.raises(DataError) as error:
             run()
-        assert f"; {fix}\n" in str(error.value) and "-key" not in str(error.value)
+        assert f"; {fix}\n" in str(error.value) and "-key " not in str(error.value).replace("--x-key y", "")
+
+
+def test_a_key_that_contains_a_known_name_is_no_misspelling(folder, tmp_path):
+    """The keys of VQAv2 and VizWiz contain other values."""
+    good = {"image": "1.png", "question": "what?", "answer": "a"}
+    for key in ("answer_type", "answerable", "answer_id"):
+        path = write(folder / "x.jsonl", [good, {"image": "1.png", "question": "what?", key: "other"}])
+        with pytest.raises(DataError, match='no answer: add "answers"'):
+            prepare(PrepareConfig(str(path), output_dir=str(tmp_path / "out")))
+    for line in ({"image_id": 3, "text": "a"}, {"image": "1.png", "text_id": 3}):
+        missing = "text" if "image" in line else "image"
+        with pytest.raises(DataError, match=f'; add "{missing}"\n'):
+            read(write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, line]))
+
+
+@pytest.mark.parametrize("length", (300, 5000))
+def test_a_long_key_has_a_fix_too(folder, length):
+    path = write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, {"image": "1.png", "it isn't " * length: "a cube"}])
+    with pytest.raises(DataError, match='; write "text" for ') as error:
+        read(path)
+    assert len(str(error.value)) < 1500
+
+
+def test_the_reason_of_a_left_out_line_fits_the_other_lines(folder, tmp_path, capsys):
+    path = write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, {"image": "1.png", "txet": "a"}])
+    prepare(PrepareConfig(str(path), output_dir=str(tmp_path / "out"), on_bad_data="skip", splits="1"))
+    assert "write \"text\" for 'txet'" in (printed := capsys.readouterr().out) and "-key" not in printed
+    (dropped,) = (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()
+    assert "-key" not in dropped
 
 
 @pytest.mark.parametrize(

@@ -752,12 +752,28 @@ def test_an_adapter_is_identified_by_its_weights_and_removed_with_its_captioners
         lora = attached.adapters(base.model, str(other.adapter_name))
         assert all(torch.equal(each.B, scaled[f"{address}.lora_B"]) for address, each in lora.items())
     del other
-    lora_blip.eject(base, "captioner_2")
-    lora_blip.load_adapter(base, content, name="captioner_2")  # an adapter of the caller, which is active
+    (last,) = set(attached.names(base.model)) - {first.adapter_name}
+    lora_blip.eject(base, last)
+    lora_blip.load_adapter(base, content, name=last)  # an adapter of the caller, which is active
     x = torch.randn(1, 3, 96, 96)
-    with lora_blip.use_adapters(base, "captioner_2"):
+    with lora_blip.use_adapters(base, last):
         expected = base.model.vision_model(x).last_hidden_state
     assert torch.equal(base.model.vision_model(x).last_hidden_state, expected)
+
+
+def test_a_captioner_never_gets_the_adapter_of_a_later_one(workplace, monkeypatch):
+    """After `eject`, the next captioner has a new name. The deletion of the first one does not take its adapter off."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    first = Captioner.from_adapter("adapter1", base=base, max_new_tokens=4)
+    lora_blip.eject(base)
+    second = Captioner.from_adapter("adapter2", base=base, max_new_tokens=4)
+    expected = second("image_test/000.png")
+    with pytest.raises(LoRAError, match=r"was removed from its base by lora_blip\.eject"):
+        first("image_test/000.png")
+    del first
+    Captioner.from_adapter("adapter1", base=base)
+    assert second("image_test/000.png") == expected
 
 
 def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monkeypatch):

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_blip
 from lora_blip.inference.shared_base import shared
-from lora_blip.lora import adapter_file, injection
+from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.model_lock import LOCKS, changing, lock_of
 from lora_blip.lora.sites import Site
 
@@ -50,6 +50,57 @@ def test_models_without_a_common_module_do_not_wait_for_each_other():
         thread.start()
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_a_captioner_and_a_change_of_a_part_do_not_wait_for_each_other(make, tmp_path):
+    """The part has the older lock. Both threads acquire it first."""
+    source, backbone = make("blip"), make("blip")
+    for lora in lora_blip.inject(source, "vit").values():
+        nn.init.normal_(lora.B)
+    adapters = [lora_blip.save_adapter(tmp_path / "adapter.safetensors", source)]
+    lock_of(backbone.model.vision_model)
+    base = shared(backbone.model)
+
+    def load() -> None:
+        for _ in range(30):
+            base.load(backbone, adapter_file.read(adapters[0]))
+
+    def change() -> None:
+        for _ in range(60):
+            lora_blip.inject(backbone.model.vision_model, [Site("encoder.layers.0.mlp.fc1", 2)], name="own")
+            lora_blip.eject(backbone.model.vision_model, "own")
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (load, change)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_an_adapter_of_a_captioner_stays_dormant_if_a_part_of_the_model_loses_its_adapters(make, tmp_path):
+    source, backbone = make("blip"), make("blip")
+    for lora in lora_blip.inject(source, "text").values():
+        nn.init.normal_(lora.B)
+    adapter = adapter_file.read(lora_blip.save_adapter(tmp_path / "adapter.safetensors", source))
+    loaded = shared(backbone.model).load(backbone, adapter)
+    lora_blip.inject(backbone, "vit", name="own")
+    routing = next(iter(attached.adapted_linears(backbone.model).values())).lora.routing
+    lora_blip.eject(backbone.model.vision_model, "own")
+    assert routing.dormant == {loaded.name}
+    lora_blip.eject(backbone.model, loaded.name)
+    assert not attached.names(backbone.model) and not routing.dormant
+
+
+def test_a_captioner_without_an_adapter_waits_for_a_change_that_has_started():
+    whole = tree()
+    with changing(whole[0]):  # it does not hold the lock of `whole`, which does not exist yet
+        thread = threading.Thread(target=shared, args=(whole,))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_two_threads_that_change_overlapping_models_do_not_wait_forever():

@@ -10,8 +10,7 @@ from typing import Literal, NamedTuple
 
 from lora_blip.data import columns
 from lora_blip.data.annotations import many_objects
-from lora_blip.data.columns import in_all_lines, in_this_line
-from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, LeftOut, Location, canonical
+from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, LeftOut, Location, canonical, in_all_lines, in_this_line
 from lora_blip.data.formats import keys_of
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.prepare.dropped import Dropped, dropped_lines, first_lines
@@ -119,6 +118,8 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
             lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"
         ):  # the lambda is called only inside this block
             read_source(source, folder, data)
+    if data.rows:
+        data.dropped = [replace(one, reason=in_this_line(one.reason)) for one in data.dropped]
     split_of_image = published_splits(data) if config.own_splits else {}
     refuse_faults(data, config.on_bad_data)
     data.groups.require_found()
@@ -233,13 +234,12 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
 def refuse_faults(data: PreparedData, on_bad_data: str) -> None:
     """Raise DataError if a line is invalid and `on_bad_data` is "stop", or if no line is valid."""
     faults = [dropped for dropped in data.dropped if dropped.category == "fault"]
-    if data.rows:
-        faults = [replace(fault, reason=in_this_line(fault.reason)) for fault in faults]
     listed = "\n".join(first_lines(faults or data.dropped))
     if not data.rows and (message := one_problem([fault.reason for fault in faults])):
         is_missing = "does not exist" in faults[0].reason
         fix = "; give the folder of the images (--images FOLDER)" * is_missing
-        raise DataError(f"{in_all_lines(first_lines(faults)[0])} ({message})\nnothing was written{fix}")
+        first = replace(faults[0], reason=in_all_lines(faults[0].reason))
+        raise DataError(f"{first_lines([first])[0]} ({message})\nnothing was written{fix}")
     if faults and on_bad_data == "stop":
         is_missing = any("does not exist" in fault.reason for fault in faults)
         elsewhere = ", or give the folder of the images (--images FOLDER)" * is_missing
