@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 from unittest.mock import Mock
 
 import pytest
@@ -196,6 +196,30 @@ def test_train_and_val_above_class_folders_are_splits(tmp_path):
     config = PrepareConfig(source=str(tmp_path / "set"), output_dir=str(tmp_path / "o"), template="a {class}")
     files = prepare(config)
     assert [len(files[side].read_text().splitlines()) for side in ("train", "val")] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("train/1", "train/2", "test/3", "valid/4"), {"train": 2, "test": 1, "val": 1}),
+        (("Train/a/1", "test/a/1"), {"train": 1, "test": 1}),
+        (("train/1", "car/2"), {}),  # pictures of trains
+        (("train/1", "test/2", "3"), {}),
+        (("train/1", "train/2"), {}),
+        (("val/1", "test/2"), {}),
+    ],
+)
+def test_folders_of_splits_above_images_with_text_files_are_splits(tmp_path, names, expected):
+    """Before, a training learned from the images in test/, too."""
+    folder = photos(tmp_path / "set", *(f"{name}.png" for name in names))
+    for name in names:
+        (folder / f"{name}.txt").write_text(f"a picture of {name[-1]}")
+    splits: dict[str, Any] = {}
+    examples, _ = annotations.read(folder, splits=splits)
+    assert len(examples) == len(names) and {name: len(some) for name, some in splits.items()} == expected
+    if expected:
+        files = prepare(PrepareConfig(source=str(folder), output_dir=str(tmp_path / "o")))
+        assert {side: len(files[side].read_text().splitlines()) for side in expected} == expected
 
 
 def test_images_without_captions_say_what_to_do(run, tmp_path):

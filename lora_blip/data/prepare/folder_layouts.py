@@ -66,6 +66,12 @@ class Layout:
         return any(isinstance(entry_of_sidecar(name, self.folder / name), dict) for name in some)
 
     @property
+    def split_folders(self) -> bool:
+        """Return True if each image is in a folder of a split, and the folders are of several splits, one of which is train."""
+        splits = {SPLITS.get(image.partition("/")[0].lower(), "") if "/" in image else "" for image in self.images}
+        return len(splits) > 1 and "train" in splits and "" not in splits
+
+    @property
     def class_folders(self) -> bool:
         """Return True if each image is in a subfolder."""
         return bool(self.images) and all("/" in image for image in self.images)

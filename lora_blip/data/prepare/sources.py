@@ -149,7 +149,9 @@ def _layout_source(folder: Path, requested: str, template: str, flag: str) -> So
     layout = layout_of(folder)
     if layout.captioned and not template:
         kind, notes = "img2dataset" if layout.downloads and layout.texts else "folder", list[str]()
-        return Source(folder, kind, partial(captioned_entries, layout, notes), notes=notes)
+        entries = partial(captioned_entries, layout, notes)
+        with_splits = layout.split_folders
+        return Source(folder, kind, (lambda: with_folder_splits(entries())) if with_splits else entries, notes=notes)
     has_table = (folder / META_CAP).exists() or _is_one_data_set(lone_files(folder))
     if not layout.images or (requested == "auto" and not template and has_table):
         return None
