@@ -18,7 +18,7 @@ from PIL import Image
 from lora_blip.data import columns
 from lora_blip.data.columns import of_two_files
 from lora_blip.data.decoding import undecodable
-from lora_blip.data.entries import LeftOut, Located, Location, in_all_lines, in_this_line
+from lora_blip.data.entries import LeftOut, Located, Location, SomeLinesError, in_all_lines, in_this_line
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
@@ -124,7 +124,8 @@ def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], u
         raise DataError(f"{replace(problems[0], reason=in_all_lines(problems[0].reason))} ({message})")
     if problems and on_bad_data == "stop":
         rename = "" if valid_lines else rename_command(source, (problem.reason for problem in problems))
-        raise DataError(f"{problems[0]}\n{rename}" if rename else f"{listing(problems)}\n{SKIP}")
+        kind = SomeLinesError if valid_lines else DataError
+        raise kind(f"{problems[0]}\n{rename}" if rename else f"{listing(problems)}\n{SKIP}")
     if not valid_lines:
         raise DataError(f"{source}: no usable line\n{listing(problems or unused) or ANNOTATIONS}")
 
@@ -161,7 +162,7 @@ def sources_of(
         sources = find_sources(str(source), keys=keys, flag=f"--{setting.replace('_', '-')}")
     except DataError as error:
         raise DataError(f"{setting}: {error}") from None
-    with_splits = use_splits and len(sources) > 1
+    with_splits = use_splits and (len(sources) > 1 or any(one.folder_splits for one in sources))
     return [(one.path, one.root, one.split_entries if with_splits else one.entries, one.describe) for one in sources]
 
 

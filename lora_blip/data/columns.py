@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault, SomeLinesError
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import pasteable, quoted, shorten
@@ -16,7 +16,7 @@ from lora_blip.runtime.untrusted import pasteable, quoted, shorten
 INTEGER = re.compile(r"-?[0-9]+")
 UNKNOWN = re.compile(
     r"""name the (?:columns|right one):(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+))+)|no column has the name"""
-    r"""|it has no '(?!.*; write ")"""  # not if the fix changes only one line
+    r"""|it has no ['"]"""
 )
 SPECIAL = re.compile(r"[\"$`\\!%]")  # characters that a shell interprets between double quotes
 FEW_COLUMNS = 12  # largest number of columns that a message lists
@@ -47,7 +47,7 @@ def near_column(ours: str, name: str, header: Sequence[str]) -> str:
     """
     plain = {cell.strip().casefold(): cell.strip() for cell in header if cell.strip()}
     wanted = name.strip().casefold()
-    inside = [cell for cell in plain if wanted and (wanted in cell or (len(cell) > 2 and cell in wanted))]
+    inside = [cell for cell in plain if (len(wanted) > 2 and wanted in cell) or (len(cell) > 2 and cell in wanted)]
     common = [cell for cell in COMMON[ours] if cell in plain]
     near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE) or common), "")
     return plain.get(near, "")
@@ -62,6 +62,8 @@ def of_two_files(source: str | Path, setting: str = "val_annotations", config: A
     """
     try:
         yield
+    except SomeLinesError:
+        raise
     except DataError as error:
         if setting != "val_annotations" or not (match := UNKNOWN.search(str(error))):
             raise

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unicodedata import category
 
+from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import HALF_PAIR, is_path, pasteable, quoted, shorten
 
@@ -42,6 +43,10 @@ class LeftOut(str):
     """The reason why an entry is left out without an error, such as a caption that its data set marks as rejected."""
 
     __slots__ = ()
+
+
+class SomeLinesError(DataError):
+    """Some lines of a file are invalid, and others are valid. So its columns have the right names."""
 
 
 class KeyFault(str):
@@ -160,26 +165,31 @@ def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
         named.append(("text", texts[0] if texts else ""))
     has_text = "question" in rest or not rest.keys().isdisjoint(TEXT_KEYS)
     absent = (*(IMAGE_KEYS if no_image else ()), *(() if has_text else (*TEXT_KEYS, "question")))
-    typos = [typo for key in rest if (typo := _typo(key, absent))]
+    typos = [typo for key, value in rest.items() if (typo := _typo(key, absent, value))]
     asks = not rest.keys().isdisjoint(("question", *ANSWER_KEYS))  # a flag for the text would make it a caption
     named = [(ours, key) for ours, key in named if not (asks and ours == "text")]
     start += f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; "
-    if typos and not named:
-        return f"{start}write {' and '.join(typos)}"
+    if not named:
+        return start + (f"write {' and '.join(typos)}" if typos else 'add "question"')
     flags = " ".join(f"--{ours}-key {pasteable(quoted_for_shell(key)) if key else 'KEY'}" for ours, key in named)
     changes = [f'write "{ours}" for {quoted(key)}' if key else f'add "{ours}"' for ours, key in named]
     here = f"write {' and '.join(typos)}" if typos else " and ".join(changes)
     return KeyFault(start, f"name the right one: {flags}", here, may_be_a_typo=bool(typos))
 
 
-def _typo(key: str, absent: Sequence[str]) -> str:
-    """Return which of the absent keys a key may misspell, as in "text" for 'txet', or ""."""
+def _typo(key: str, absent: Sequence[str], value: object) -> str:
+    """Return which of the absent keys a key may misspell, as in "text" for 'txet', or "".
+
+    A key that contains another word, such as answer_type or image_id, is no misspelling, unless it has a text, as caption_en.
+    """
     if key in (*TEXT_KEYS, *ANSWER_KEYS, "question"):
         return ""
-    plain, words = key.casefold(), re.split("[_ -]", key.casefold())
+    plain = plain_name(key).strip("_")
     near = next(iter(difflib.get_close_matches(plain, absent, 1, SIMILAR)), "")
-    has_known_word = len(words) > 1 and not set(absent).isdisjoint(words)
-    if not near or has_known_word or (near in plain and len(plain) > len(near) + 1):  # answer_type and answerable mean others
+    has_known_word = "_" in plain and plain != near and not set(absent).isdisjoint(plain.split("_"))
+    is_longer = plain.startswith(near) and len(plain) > len(near) + 1
+    is_text = isinstance(value, str) and near in TEXT_KEYS and not value.strip().isdigit()
+    if not near or ((has_known_word or is_longer) and not is_text):
         return ""
     return f'"{near}" for {quoted(key)}'
 
@@ -190,7 +200,7 @@ def _question(rest: Entry, answered: bool) -> Entry:
     answers = _take(rest, ANSWER_KEYS, [])
     answers = answers if isinstance(answers, list) else [answers]
     if not answers and not may_be_empty:
-        typo = next((typo for key in rest if (typo := _typo(key, ANSWER_KEYS))), "")
+        typo = next((typo for key in rest if (typo := _typo(key, ANSWER_KEYS, rest[key]))), "")
         raise _ValueError(f"no answer: {f'write {typo}' if typo else NO_ANSWER}")
     texts = [item.get("answer", item) if isinstance(item, dict) else item for item in answers]
     entry: Entry = {"question": question, "answers": [_tidied("answer", text) for text in texts]}

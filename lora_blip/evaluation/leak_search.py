@@ -42,9 +42,12 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
             )
         return LeakSearch([], f"not searched: {source} does not exist; give the file with --train-annotations")
     try:
+        splits: dict[str, list[Example]] = {}
         training, _ = annotations.read(
-            source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations"
-        )
+            source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations",
+            splits=splits,
+        )  # fmt: skip
+        training = [*splits["train"], *splits.get("val", [])] if splits.get("train") else training  # as `train` reads them
     except DataError as error:
         if config.train_annotations:
             raise

@@ -68,6 +68,7 @@ class Captioner:
         self.runner = Runner(task, batch_size, precision, report=print_on_stderr)
         self.shared_adapter: SharedAdapter | None = None  # the adapter, if the caller loaded the base
         self.hooked = bool(attached.names(self.backbone.model))  # False if the adapter is merged
+        self.sites = len(adapter.sites) if adapter else 0
 
     @classmethod
     def from_adapter(
@@ -286,7 +287,7 @@ class Captioner:
         if not self.adapter:
             return
         stacks = [linear.lora for linear in attached.adapted_linears(self.backbone.model).values()]  # one walk for both checks
-        if self.hooked and not any(owner_of(key) == (self.adapter_name or "default") for stack in stacks for key in stack):
+        if self.hooked and sum(owner_of(key) == (self.adapter_name or "default") for s in stacks for key in s) < self.sites:
             raise LoRAError(
                 f"the adapter of this captioner, {self.adapter.path}, was removed from its base by lora_blip.eject or "
                 f"lora_blip.bake; open it again: Captioner.from_adapter({str(self.adapter.path)!r}, base=backbone); after "

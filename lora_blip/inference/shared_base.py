@@ -31,6 +31,7 @@ class SharedAdapter:
     name: str
 
 
+NUMBERS = itertools.count(1)  # for the names of adapters; a name is never used again, because an old captioner may refer to it
 OPEN_AGAIN = "open it in each process, after a fork (gunicorn: without --preload; ProcessPoolExecutor: in `initializer`)"
 
 
@@ -40,7 +41,6 @@ class SharedBase:
     def __init__(self, lock: threading.RLock) -> None:
         """lock: the lock of the model. `inject`, `eject` and the other functions that change its adapters hold it too."""
         self._lock, self._process = lock, os.getpid()
-        self.numbers = itertools.count(1)  # of the names; a name is used once, because a captioner may still have it
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
         # key of `names` → adapter; an entry disappears when its last captioner is deleted
         self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()
@@ -83,8 +83,8 @@ class SharedBase:
                 if name in attached.names(model):
                     injection.eject(model, name)
             present = attached.names(model)
-            if in_use is None or in_use.name not in present:
-                name = next(name for n in self.numbers if (name := f"captioner_{n}") not in present)
+            if in_use is None or len(attached.adapters(model, in_use.name)) < len(adapter.sites):
+                name = next(name for n in NUMBERS if (name := f"captioner_{n}") not in present)
                 adapter_file.put(backbone, adapter, name, dormant=True)
                 in_use = self.in_use[key] = SharedAdapter(name)
                 self.names[key] = name
@@ -134,9 +134,9 @@ LOCK = threading.Lock()
 
 
 def shared(model: nn.Module) -> SharedBase:
-    """Return the `SharedBase` of a model. Create it at the first call, after each change of its adapters has ended."""
+    """Return the `SharedBase` of a model. At the first call, wait until running changes have ended, then create it."""
     if model not in BASES:
-        with changing(model):  # a change that has already started does not hold the new lock
+        with changing(model):  # a change that is already running does not hold the lock that is created here
             pass
     with LOCK:
         return BASES.setdefault(model, SharedBase(lock_of(model)))

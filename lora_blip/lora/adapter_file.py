@@ -221,8 +221,8 @@ def load(
     path: a file, a run folder, "latest", or a result of `read`. If the model has other adapters, their updates are added too;
     `use_adapters` chooses. scale: factor of the change that the adapter makes; 1: as trained, 0: the base. A scaled adapter
     cannot be saved. Raise AdapterError if the file is missing or damaged, or has another base. Raise LoRAError if the base is
-    on the meta device, or if a `Captioner` uses an adapter called `name`. The model is then unchanged. In peft:
-    `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
+    on the meta device, or if a `Captioner` uses an adapter called `name`. The model is then unchanged.
+    In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> adapter.task["name"], adapter.base

@@ -114,7 +114,7 @@ def share_routing(model: nn.Module) -> AdapterRouting:
         )
     routing: AdapterRouting = (in_block or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(vars(module).get(FAST, True) for module in modules)
-    if len(routings) > 1:  # otherwise nothing changes, and another thread may be writing these attributes
+    if len(routings) > 1:  # one routing has nothing to join, and writing could undo what another thread writes
         routing.has_dora = any(each.has_dora for each in routings)
         routing.entered, routing.recorded = any(each.entered for each in routings), any(each.recorded for each in routings)
         routing.used = routing.entered or routing.has_dora
@@ -127,7 +127,7 @@ def share_routing(model: nn.Module) -> AdapterRouting:
 def every_adapter(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
     """Yield (name, LoRA) for each linear and each adapter on it."""
     for linear in adapted_linears(model).values():
-        for key, lora in linear.lora.items():
+        for key, lora in list(linear.lora.items()):  # a copy, because another thread may put an adapter on this linear
             yield name_of(key), lora
 
 

@@ -113,7 +113,7 @@ def put(
     except BaseException:  # such as too little memory, or Ctrl-C
         for linear in adapted_linears(model).values():
             remove(linear, {key for key in linear.lora if name_of(key) == name})
-        routing.dormant -= {name}
+        routing.dormant -= {name} if dormant else set()
         raise
     for lora in adapters(model, name).values() if dormant else ():
         lora.requires_grad_(False)
@@ -192,8 +192,9 @@ def _remove_from_all(model: nn.Module, name: str | None) -> None:
         if linear.lora.merged & leaving[path]:
             write_back(linear)
         remove(linear, leaving[path])
-    # `model` may be a part of the model whose adapters share this routing
-    routing.dormant &= frozenset(name for whole in related(model) for name in attached_names(whole))
+    gone = {name_of(key) for keys in leaving.values() for key in keys}
+    # `model` may be a part of a model, and a linear outside it may still have the adapter
+    routing.dormant -= gone.difference(name for whole in related(model) for name in attached_names(whole))
 
 
 def check_new_name(name: str) -> None:

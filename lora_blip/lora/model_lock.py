@@ -31,14 +31,18 @@ def changing(model: nn.Module) -> Iterator[None]:
 
     The locks are acquired in the order of their creation, so two threads cannot wait for each other.
     """
-    with ExitStack() as held:
-        for each in related(model):
-            held.enter_context(lock_of(each))
-        yield
+    while True:
+        models = related(model)
+        with ExitStack() as held:
+            for each in models:
+                held.enter_context(lock_of(each))
+            if related(model) == models:  # otherwise another thread has created a lock meanwhile
+                yield
+                return
 
 
 def related(model: nn.Module) -> list[nn.Module]:
-    """Return the models with a lock that share a module with a model, and the model itself, in the order of their locks."""
+    """Return the model, and all models with a lock that share a module with it. The oldest lock comes first."""
     lock_of(model)
     own = {id(module) for module in modules_of(model).values()}
     known = [other for reference in LOCKS.keyrefs() if (other := reference()) is not None]

@@ -28,7 +28,8 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     groups.require_found()
     if config.val_annotations:
         groups.note_unused(f"the validation lines are those of {config.val_annotations}")
-        training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
+        training = train_lines(config, lines_by_split, len(examples)) or examples
+        validation = read_file(config, task, config.val_annotations, thumbnails)
         task.prepare_data([*training, *validation])
     elif lines_by_split.get("train"):
         training, validation = split_by_column(config, lines_by_split, len(examples), groups)
@@ -59,6 +60,20 @@ def split_by_column(
         groups.note_unused("the data have splits of their own")
         return training, validation
     return split(config, training, groups)
+
+
+def train_lines(config: TrainConfig, lines_by_split: dict[str, list[Example]], count: int) -> list[Example]:
+    """Return the lines whose split is train, and print their number; [] if the data have no splits. count: number of all lines.
+
+    The other lines are not used, because VAL_ANNOTATIONS gives the validation lines.
+    """
+    training = lines_by_split.get("train", [])
+    if training and len(training) < count:
+        print(
+            f"{printable(config.annotations)}: its splits are used: {len(training):,} train, {count - len(training):,} left "
+            f"out; the validation lines are those of {printable(config.val_annotations)}"
+        )
+    return training
 
 
 def split(config: TrainConfig, examples: list[Example], groups: Groups) -> tuple[list[Example], list[Example]]:

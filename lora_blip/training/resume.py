@@ -117,7 +117,7 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
     If there is none and allow_changed is set, return the newest interrupted run.
     """
     notes: list[str] = []
-    others: list[tuple[Saved, list[str]]] = []
+    others, diverged = list[tuple[Saved, list[str]]](), list[tuple[Saved, list[str]]]()
     folders = Path(config.output_dir).glob(f"[!.]*/{checkpoint.FOLDER}")  # names with a dot are temporary
     for folder in sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True):
         saved, problems = checkpoint.newest(folder.parent)
@@ -132,20 +132,19 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
         elif not changed:
             return saved, notes
         elif not lock.is_held(saved.run):  # another process is training it
-            if _has_diverged(saved):
-                notes.append(f"{saved.run} is not resumed: a loss or gradient of its last steps was not finite")
-            else:
-                others.append((saved, changed))
+            (diverged if _has_diverged(saved, config) else others).append((saved, changed))
     if others and config.allow_changed:
         saved, changed = others[0]
         return saved, notes + _notes_on_changes(changed)
+    if diverged:
+        notes.append(f"{diverged[0][0].run} is not resumed: a loss or gradient of its last steps was not finite")
     return None, notes + ([_note_on_others(others)] if others else [])
 
 
-def _has_diverged(saved: Saved) -> bool:
+def _has_diverged(saved: Saved, config: TrainConfig) -> bool:
     """Return True if the last steps of a run were skipped. To resume it with other settings is then of no use."""
     skipped = saved.state["progress"].get("skipped", 0)
-    return isinstance(skipped, int) and skipped >= LAST_SKIPPED
+    return isinstance(skipped, int) and skipped >= min(LAST_SKIPPED, config.max_skipped)
 
 
 def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:

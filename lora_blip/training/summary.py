@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.annotations import TABLES
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
@@ -25,6 +24,7 @@ TRAINING_IMAGES = "image_train"  # the images of the default ANNOTATIONS of trai
 REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retrieval": "sentences.jsonl"}  # in image_test
 READING = ("image_root", "on_bad_data", "image_key", "text_key", "question_key", "answer_key")  # settings that evaluate has too
 ROOT = "--image-root"
+TABLES = (".csv", ".tsv")  # text files whose header is read
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
@@ -80,10 +80,12 @@ def evaluate_line(
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
     candidates = [source.with_name(f"{name}{suffix}") for suffix in suffixes for name in ("test", "val")]
+    candidates += [source / name for name in ("test", "val")] * source.is_dir()
     for demo in (source.with_name(TRAINING_IMAGES), source.parent):  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
-    others = [path for path in candidates if path.is_file() and path != source]
+    others = [path for path in candidates if path.is_file() or (path.is_dir() and source in path.parents)]
+    others = [path for path in others if path != source]
     asks = task == "vqa"
     existing = [path for path in others if _asks(path) == asks or (_is_table(path) and "--question-key" in reading)]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")

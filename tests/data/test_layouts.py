@@ -15,8 +15,10 @@ from lora_blip.data.prepare import detection
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
 from lora_blip.evaluation import comparison
+from lora_blip.evaluation.leak_search import search_leaks
 from lora_blip.inference import questions
-from lora_blip.training.examples import read_file
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training.examples import read_examples, read_file
 
 Lines = list[dict]
 
@@ -209,7 +211,7 @@ def test_train_and_val_above_class_folders_are_splits(tmp_path):
         (("val/1", "test/2"), {}),
     ],
 )
-def test_folders_of_splits_above_images_with_text_files_are_splits(tmp_path, names, expected):
+def test_folders_of_splits_above_images_with_text_files_are_splits(tmp_path, capsys, names, expected):
     """Before, a training learned from the images in test/, too."""
     folder = photos(tmp_path / "set", *(f"{name}.png" for name in names))
     for name in names:
@@ -217,9 +219,40 @@ def test_folders_of_splits_above_images_with_text_files_are_splits(tmp_path, nam
     splits: dict[str, Any] = {}
     examples, _ = annotations.read(folder, splits=splits)
     assert len(examples) == len(names) and {name: len(some) for name, some in splits.items()} == expected
+    assert "ignored" not in capsys.readouterr().out
+    annotations.read(folder)  # as references, without splits
+    assert "ignored" not in capsys.readouterr().out
     if expected:
         files = prepare(PrepareConfig(source=str(folder), output_dir=str(tmp_path / "o")))
         assert {side: len(files[side].read_text().splitlines()) for side in expected} == expected
+
+
+def split_folder(folder: Path) -> Path:
+    """Return a folder with train/0.png, train/1.png, val/2.png, test/3.png and their text files."""
+    names = [f"{split}/{n}" for n, split in enumerate(("train", "train", "val", "test"))]
+    for n, name in enumerate(names):
+        photos(folder, f"{name}.png")
+        Image.new("RGB", (9, 9), (60 * n, 0, 255 - 60 * n)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"picture {n}")
+    return folder
+
+
+def test_lines_of_other_splits_are_not_trained_on_if_there_is_a_validation_file(tmp_path, capsys, make):
+    folder = split_folder(tmp_path / "set")
+    config = TrainConfig(annotations=str(folder), val_annotations=str(folder / "val"))
+    training, validation = read_examples(config, CaptionTask(make("blip")))
+    assert [sorted(e.text for e in lines) for lines in (training, validation)] == [["picture 0", "picture 1"], ["picture 2"]]
+    assert "its splits are used: 2 train, 2 left out; the validation lines are those of" in capsys.readouterr().out
+
+
+def test_images_of_the_test_split_are_no_leaks(tmp_path):
+    folder = split_folder(tmp_path / "set")
+    for part, leaks in (("test", 0), ("val", 1), ("train", 2)):
+        examples, _ = annotations.read(folder / part)
+        found = search_leaks(
+            EvaluateConfig(model="x", adapter="none", references="x", train_annotations=str(folder)), None, examples
+        )
+        assert len(found.leaks) == leaks and "among the 3 images" in found.note
 
 
 def test_images_without_captions_say_what_to_do(run, tmp_path):

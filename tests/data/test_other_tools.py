@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
+from lora_blip.data.columns import of_two_files
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
@@ -250,6 +252,38 @@ def test_a_key_that_contains_a_known_name_is_no_misspelling(folder, tmp_path):
         missing = "text" if "image" in line else "image"
         with pytest.raises(DataError, match=f'; add "{missing}"\n'):
             read(write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, line]))
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ({"image": "1.png", "answer": "red"}, 'add "question"'),
+        ({"image": "1.png", "question_": "what?", "answer": "a"}, "write \"question\" for 'question_'"),
+        (
+            {"image": "1.png", "caption_en": "a cube", "source": "https://example.org/" + "x" * 50},
+            "\"caption\" for 'caption_en'",
+        ),
+        ({"image": "1.png", "alt text": "a cube", "credit": "x" * 50}, "\"alt_text\" for 'alt text'"),
+    ],
+)
+def test_a_line_without_a_text_gets_a_fix_beside_valid_lines_and_alone(folder, line, fix):
+    for lines in ([{"image": "1.png", "text": "a"}, line], [line] * 3):
+        with pytest.raises(DataError) as error:
+            read(write(folder / "x.jsonl", lines))
+        assert fix in str(error.value) or "name the right one: --" in str(error.value)
+    assert "-key" in str(error.value) or fix in str(error.value)
+
+
+def test_an_error_in_one_line_of_the_validation_file_does_not_advise_to_convert_files(folder):
+    """The names of the columns are right, because other lines are valid."""
+    for bad in ({"image": "1.png", "wrods": "a"}, {"image": "1.png"}):
+        path = write(folder / "val.jsonl", [{"image": "1.png", "words": "a"}, bad, bad])
+        config = TrainConfig(annotations=str(folder / "x.jsonl"), val_annotations=str(path), text_key="words")
+        with pytest.raises(DataError) as error, of_two_files(path, "val_annotations", config):
+            read(path, keys=Keys(text="words"))
+        assert "val.jsonl:2: it has no 'words'" in str(error.value) and "convert" not in str(error.value)
+    with pytest.raises(DataError, match="convert") as error, of_two_files(path, "val_annotations", config):
+        read(write(folder / "val.jsonl", [{"image": "1.png", "text": "a"}]), keys=Keys(text="words"))
 
 
 @pytest.mark.parametrize("length", (300, 5000))

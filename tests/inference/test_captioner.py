@@ -698,21 +698,21 @@ def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monk
     monkeypatch.chdir(workplace)
     base = load_backbone("assets/tiny-blip", "cpu")
     captioner = Captioner.from_adapter("adapter1", base=base, max_new_tokens=4)
-    expected = captioner("image_test/000.png")
+    expected, name = captioner("image_test/000.png"), str(captioner.adapter_name)
     for operation in (
-        lambda: lora_blip.inject(base, "text", name="captioner_1"),
-        lambda: lora_blip.load_adapter(base, "adapter2", name="captioner_1"),
-        lambda: lora_blip.merge(base, "captioner_1"),
+        lambda: lora_blip.inject(base, "text", name=name),
+        lambda: lora_blip.load_adapter(base, "adapter2", name=name),
+        lambda: lora_blip.merge(base, name),
     ):
-        with pytest.raises(LoRAError, match=r"'captioner_1' belongs to a Captioner on this model.*name='mine'"):
+        with pytest.raises(LoRAError, match=rf"'{name}' belongs to a Captioner on this model.*name='mine'"):
             operation()
-    with pytest.raises(LoRAError, match=r"no adapter 'default'; it has captioner_1 \(of a Captioner\)"):
+    with pytest.raises(LoRAError, match=rf"no adapter 'default'; it has {name} \(of a Captioner\)"):
         lora_blip.eject(base, "default")
     with pytest.raises(LoRAError, match=r"type Captioner; give .* captioner\.backbone"):
         lora_blip.eject(captioner)  # type: ignore[arg-type]
     with (
-        pytest.raises(LoRAError, match=r"'captioner_1' belongs to a Captioner"),
-        lora_blip.disable_adapters(base, "captioner_1"),
+        pytest.raises(LoRAError, match=rf"'{name}' belongs to a Captioner"),
+        lora_blip.disable_adapters(base, name),
     ):
         pass
     with lora_blip.disable_adapters(base):  # those of the caller
@@ -759,6 +759,20 @@ def test_an_adapter_is_identified_by_its_weights_and_removed_with_its_captioners
     with lora_blip.use_adapters(base, last):
         expected = base.model.vision_model(x).last_hidden_state
     assert torch.equal(base.model.vision_model(x).last_hidden_state, expected)
+
+
+def test_a_captioner_with_a_part_of_its_adapter_is_an_error(make, photos, tmp_path):
+    """`eject` and `bake` of a part of the model take a part of the adapter off."""
+    source, backbone = make("blip"), make("blip")
+    for lora in lora_blip.inject(source, "vit,text").values():
+        torch.nn.init.normal_(lora.B, std=0.1)
+    adapter = adapter_file.read(lora_blip.save_adapter(tmp_path / "adapter.safetensors", source, task={"name": "caption"}))
+    first = Captioner.from_adapter(adapter, base=backbone, max_new_tokens=4)
+    expected = first(photos[0])
+    lora_blip.eject(backbone.model.vision_model)
+    with pytest.raises(LoRAError, match="was removed from its base"):
+        first(photos[0])
+    assert Captioner.from_adapter(adapter, base=backbone, max_new_tokens=4)(photos[0]) == expected
 
 
 def test_a_captioner_never_gets_the_adapter_of_a_later_one(workplace, monkeypatch):

@@ -88,6 +88,10 @@ def test_an_adapter_of_a_captioner_stays_dormant_if_a_part_of_the_model_loses_it
     routing = next(iter(attached.adapted_linears(backbone.model).values())).lora.routing
     lora_blip.eject(backbone.model.vision_model, "own")
     assert routing.dormant == {loaded.name}
+    with lora_blip.disable_adapters(nn.ModuleList([backbone.model, source.model])):
+        pass  # both models now share one routing
+    lora_blip.eject(source)
+    assert routing.dormant == {loaded.name}
     lora_blip.eject(backbone.model, loaded.name)
     assert not attached.names(backbone.model) and not routing.dormant
 

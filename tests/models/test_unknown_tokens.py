@@ -97,7 +97,7 @@ def test_the_share_of_unknown_tokens_is_that_of_counting_every_text(tasks, kind)
     numbers = [line.line for line in some if {line.text, *line.answers} & lost.keys()][:3]
     assert [row.split(":")[0] for row in report.split("\n  ")[1:4]] == [f"line {number}" for number in numbers]
     assert report.split("\n  ")[4:] == [
-        'a base with a byte-level tokenizer knows every text, such as MODEL = "Salesforce/blip2-opt-2.7b"'
+        'a base with a byte-level tokenizer knows every text, such as "Salesforce/blip2-opt-2.7b"'
     ]
 
 

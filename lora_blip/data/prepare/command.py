@@ -145,7 +145,8 @@ def refuse_existing(output: Path) -> None:
 def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
     """Add each entry of a source to `data`: to its rows, or to its dropped lines with the reason."""
     before, dropped = len(data.rows), len(data.dropped)
-    for at, entry_or_reason in source.unpack(Path(data.base, IMAGES)) if source.unpack else source.entries():
+    read = source.split_entries if source.folder_splits else source.entries
+    for at, entry_or_reason in source.unpack(Path(data.base, IMAGES)) if source.unpack else read():
         result = row_of(source, at, entry_or_reason, folder, data)
         if isinstance(result, Row):
             data.rows.append(result)

@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def split_folders(self) -> bool:
-        """Return True if each image is in a folder of a split, and the folders are of several splits, one of which is train."""
+        """Return True if each image is below a folder such as train/ or val/, and one of at least two splits is train."""
         splits = {SPLITS.get(image.partition("/")[0].lower(), "") if "/" in image else "" for image in self.images}
         return len(splits) > 1 and "train" in splits and "" not in splits
 

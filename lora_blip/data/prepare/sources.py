@@ -50,6 +50,7 @@ class Source:
     DataError. None: the file contains no images.
     keys: the names of the columns, if they are not common names.
     notes: texts for the table of what was read. `entries` may add some.
+    folder_splits: whether the first folders of the images, such as train/ and test/, are their splits.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Source:
     unpack: Callable[[Path], Iterator[Located]] | None = None
     keys: Keys = NO_KEYS
     notes: list[str] = field(default_factory=list)
+    folder_splits: bool = False
 
     def describe(self, entries: int, root: Path) -> list[str]:
         """Return texts for the table of what was read: format, delimiter, folder of the images, encoding, unused flags.
@@ -77,7 +79,9 @@ class Source:
         return [source_line(self.path, entries, format_text, root), *filter(None, [note, unused, *self.notes])]
 
     def split_entries(self) -> Iterator[Located]:
-        """Yield the entries. An entry without a split gets the split of the file, if it has one."""
+        """Yield the entries. An entry without a split gets the split of the file or of its folder, if there is one."""
+        if self.folder_splits:
+            return with_folder_splits(self.entries())
         if not self.split:
             return self.entries()
         default = {"split": self.split}
@@ -150,8 +154,7 @@ def _layout_source(folder: Path, requested: str, template: str, flag: str) -> So
     if layout.captioned and not template:
         kind, notes = "img2dataset" if layout.downloads and layout.texts else "folder", list[str]()
         entries = partial(captioned_entries, layout, notes)
-        with_splits = layout.split_folders
-        return Source(folder, kind, (lambda: with_folder_splits(entries())) if with_splits else entries, notes=notes)
+        return Source(folder, kind, entries, notes=notes, folder_splits=layout.split_folders)
     has_table = (folder / META_CAP).exists() or _is_one_data_set(lone_files(folder))
     if not layout.images or (requested == "auto" and not template and has_table):
         return None
