@@ -27,7 +27,7 @@ from lora_blip.inference.other_runs import newest_of_task
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
 from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, task_of
-from lora_blip.inference.shared_base import SharedAdapter, check_settings, shared
+from lora_blip.inference.shared_base import MERGED, SharedAdapter, check_settings, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.sites import name_of as owner_of
@@ -294,7 +294,4 @@ class Captioner:
                 "bake, load the base again first, because its weights have changed"
             )
         if self.shared_adapter and any(stack.merged for stack in stacks):
-            raise LoRAError(
-                "an adapter is merged into the base that this captioner uses; call lora_blip.restore(backbone) first, or open "
-                "the captioner on another base"
-            )
+            raise LoRAError(MERGED)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from torch import nn
 
 from lora_blip.config import InferConfig
-from lora_blip.errors import InputError, ModelError
+from lora_blip.errors import InputError, LoRAError, ModelError
 from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.model_lock import changing, lock_of
@@ -31,6 +31,10 @@ class SharedAdapter:
     name: str
 
 
+MERGED = (
+    "an adapter is merged into the base that this captioner uses; call lora_blip.restore(backbone) first, or open the "
+    "captioner on another base"
+)
 NUMBERS = itertools.count(1)  # for the names of adapters; a name is never used again, because an old captioner may refer to it
 OPEN_AGAIN = "open it in each process, after a fork (gunicorn: without --preload; ProcessPoolExecutor: in `initializer`)"
 
@@ -73,10 +77,13 @@ class SharedBase:
         """Load an adapter on the model, unless a captioner has already loaded it. Eject adapters whose captioners are deleted.
 
         The adapter is active only in calls of captioners. The caller's parameters keep their `requires_grad`.
+        Raise LoRAError if an adapter is merged into the model.
         """
         key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata, adapter.scale], default=str)
         model = backbone.model
         with self.changing(model):
+            if attached.has_merged(model):
+                raise LoRAError(MERGED)
             in_use = self.in_use.get(key)  # this reference keeps the entry in `self.in_use`
             for unused in [other for other in self.names if other not in self.in_use]:
                 name = self.names.pop(unused)

@@ -721,6 +721,8 @@ def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monk
     lora_blip.merge(base)
     with pytest.raises(LoRAError, match=r"merged into the base that this captioner uses; call lora_blip\.restore\(backbone\)"):
         captioner("image_test/000.png")
+    with pytest.raises(LoRAError, match=r"merged into the base that this captioner uses"):  # when it is opened, too
+        Captioner.from_adapter("adapter1", base=base)
     lora_blip.restore(base)
     assert captioner("image_test/000.png") == expected
     stream = captioner.stream(itertools.repeat("image_test/000.png"))
