@@ -6,6 +6,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from PIL import Image
 from lora_blip.data import columns
 from lora_blip.data.columns import of_two_files
 from lora_blip.data.decoding import undecodable
-from lora_blip.data.entries import LeftOut, Located, Location, SomeLinesError, in_all_lines, in_this_line
+from lora_blip.data.entries import KeyFault, LeftOut, Located, Location, SomeLinesError, in_all_lines, in_this_line
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
@@ -122,6 +123,12 @@ def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], u
     """Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop"."""
     if not valid_lines and (message := one_problem([problem.reason for problem in problems])):
         raise DataError(f"{replace(problems[0], reason=in_all_lines(problems[0].reason))} ({message})")
+    fixes = Counter(problem.reason.end for problem in problems if isinstance(problem.reason, KeyFault))
+    if not valid_lines and len(fixes) > 1:  # the lines with another key are wrong in another way
+        fix, count = fixes.most_common(1)[0]
+        first = next(problem for problem in problems if isinstance(problem.reason, KeyFault) and problem.reason.end == fix)
+        lines = f"{count:,} of {counted(len(problems), 'line')} have this problem"
+        raise DataError(f"{replace(first, reason=in_all_lines(first.reason))} ({lines})")
     if problems and on_bad_data == "stop":
         rename = "" if valid_lines else rename_command(source, (problem.reason for problem in problems))
         kind = SomeLinesError if valid_lines else DataError

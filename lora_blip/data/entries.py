@@ -163,6 +163,13 @@ def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
     named = [("image", images[0] if images else "")] * no_image
     if rest.keys().isdisjoint(TEXT_KEYS) and (texts or not no_image):
         named.append(("text", texts[0] if texts else ""))
+    asking = next((key for key in texts if strings[key].endswith("?")), "")
+    if asking and ("text", texts[0]) in named and "question" not in rest:  # the longest other text or list is the answer
+        lists = [key for key, value in rest.items() if isinstance(value, list) and key not in ANSWER_KEYS]
+        answers = [*lists, *(key for key in texts if key not in (asking, *ANSWER_KEYS))]
+        named[-1:] = [("question", asking)]
+        if rest.keys().isdisjoint(ANSWER_KEYS) and answers:
+            named.append(("answer", answers[0]))
     has_text = "question" in rest or not rest.keys().isdisjoint(TEXT_KEYS)
     absent = (*(IMAGE_KEYS if no_image else ()), *(() if has_text else (*TEXT_KEYS, "question")))
     typos = [typo for key, value in rest.items() if (typo := _typo(key, absent, value))]

@@ -47,7 +47,7 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
             source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations",
             splits=splits,
         )  # fmt: skip
-        training = [*splits["train"], *splits.get("val", [])] if splits.get("train") else training  # as `train` reads them
+        training = splits.get("train") or training  # as the training reads them
     except DataError as error:
         if config.train_annotations:
             raise

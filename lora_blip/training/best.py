@@ -12,14 +12,18 @@ from lora_blip.runtime.counts import counted
 FEW_IMAGES = 20
 
 
-def few_images_warning(validation: Iterable[Example]) -> str:
-    """Return a warning if there are validation images, but fewer than FEW_IMAGES. Otherwise return ""."""
+def few_images_warning(validation: Iterable[Example], drawn: bool = True) -> str:
+    """Return a warning if there are validation images, but fewer than FEW_IMAGES. Otherwise return "".
+
+    drawn: whether they were drawn at random, by VAL_FRACTION.
+    """
     images = len({example.image for example in validation})
     if not 0 < images < FEW_IMAGES:
         return ""
+    fix = "hold out more: VAL_FRACTION (--val-fraction) or VAL_ANNOTATIONS" if drawn else "add validation images to your data"
     return (
         f"warning: {counted(images, 'validation image')}: with fewer than {FEW_IMAGES}, one image changes a score by more than "
-        "5 points, so chance mostly chooses best.safetensors; hold out more: VAL_FRACTION (--val-fraction) or VAL_ANNOTATIONS"
+        f"5 points, so chance mostly chooses best.safetensors; {fix}"
     )
 
 

@@ -1,6 +1,7 @@
 """Read the training and validation lines of a run, and split them."""
 
 import random
+from typing import NamedTuple
 
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, splits
@@ -16,7 +17,15 @@ from lora_blip.tasks.base import Task
 NO_GROUPS = Groups("")
 
 
-def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
+class Lines(NamedTuple):
+    """The checked lines of the data."""
+
+    training: list[Example]
+    validation: list[Example]
+    drawn: bool  # the validation images were drawn at random, by VAL_FRACTION
+
+
+def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> Lines:
     """Return the checked training lines and validation lines. Shuffle the validation lines with the seed.
 
     Take the validation lines from `val_annotations` if it is set. Otherwise use the column `split`. Without that column, draw a
@@ -39,7 +48,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
         training, validation = split(config, examples, groups)
     # spread the lines of an image over the batches, because lines of one image cannot be negatives of each other
     random.Random(config.seed).shuffle(validation)
-    return training, validation
+    return Lines(training, validation, drawn=not (config.val_annotations or lines_by_split.get("val")))
 
 
 def split_by_column(

@@ -41,7 +41,7 @@ from lora_blip.training import caching, preflight, resume
 from lora_blip.training.best import few_images_warning
 from lora_blip.training.diagnostics import describe_error
 from lora_blip.training.early_checks import refuse_contradictions, refuse_quantized
-from lora_blip.training.examples import read_examples
+from lora_blip.training.examples import Lines, read_examples
 from lora_blip.training.initial_adapter import freeze_others, inject_adapters, restore_task, source_of
 from lora_blip.training.learner import Autocast
 from lora_blip.training.tensorboard import summary_writer
@@ -62,6 +62,7 @@ class RunInputs:
     precision: str
     training: list[Example]
     validation: list[Example]
+    drawn: bool  # the validation images were drawn at random, by VAL_FRACTION
     identity: dict[str, Any]
 
 
@@ -88,7 +89,7 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
     print(f"\n{targets.table(task.backbone.model)}\n")
     if warning := targets.too_large_ranks(task.backbone.model):
         print(f"{warning}\n")
-    if warning := few_images_warning(inputs.validation):
+    if warning := few_images_warning(inputs.validation, inputs.drawn):
         print(f"{warning}\n")
     caches, prefix = apply_performance_settings(ranks, inputs)
     if prefix:
@@ -125,18 +126,18 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
     thumbnails = Thumbnails() if ranks.main and (config.val_fraction or config.val_annotations) else None
-    training, validation = read_examples(config, task, thumbnails)
+    training, validation, drawn = lines = read_examples(config, task, thumbnails)
     if thumbnails:
         search = "search for validation images in the training data"
         with phase(search):
-            attempt(search, partial(warn_of_leaks, config, training, validation, thumbnails))
+            attempt(search, partial(warn_of_leaks, config, lines, thumbnails))
     fitted = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
     if initial := inject_adapters(config, backbone):
         restore_task(task, initial, config)
         config = replace(config, init_adapter=str(initial.path))
     identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
     identity["init_adapter"] = source_of(initial) if initial else ""
-    return RunInputs(config, task, precision, training, validation, identity)
+    return RunInputs(config, task, precision, training, validation, drawn, identity)
 
 
 def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches, Prefix | None]:
@@ -223,21 +224,23 @@ def default_rate(model: Any) -> float:
     return 1e-4 if base_size(model) > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
 
 
-def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
+def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> None:
     """Print the validation images that have an equal or similar image in the training data, and how to fix the split."""
     if config.val_annotations:
         fix = f"Remove them from {config.val_annotations} or from {config.annotations}"
         if Path(config.val_annotations).resolve() == Path(config.annotations).resolve():
             fix = 'Both files are the same: set VAL_ANNOTATIONS = "" (--val-annotations "") to hold out images at random'
+    elif not lines.drawn:
+        fix = f"Remove them from the lines of {config.annotations} whose split is train"
     else:
-        group = grouping_of([FILE(example) for example in (*training, *validation)])
+        group = grouping_of([FILE(example) for example in (*lines.training, *lines.validation)])
         name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'
         fix = (
             f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}. "
-            "Otherwise write the validation images to another file, and set "
+            f"Otherwise move lines of images that resemble no other image from {config.annotations} to val.jsonl, and set "
             'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
         )
-    report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)
+    report_split_leaks(map(FILE, lines.validation), map(FILE, lines.training), thumbnails, fix)
 
 
 def grouping_of(files: list[str]) -> str:

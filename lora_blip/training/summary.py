@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
@@ -80,20 +81,20 @@ def evaluate_line(
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
     candidates = [source.with_name(f"{name}{suffix}") for suffix in suffixes for name in ("test", "val")]
-    candidates += [source / name for name in ("test", "val")] * source.is_dir()
+    if source.is_dir():
+        candidates[:0] = [source / f"{name}{suffix}" for suffix in ("", ".jsonl", *TABLES) for name in ("test", "val")]
     for demo in (source.with_name(TRAINING_IMAGES), source.parent):  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     others = [path for path in candidates if path.is_file() or (path.is_dir() and source in path.parents)]
     others = [path for path in others if path != source]
     asks = task == "vqa"
-    existing = [path for path in others if _asks(path) == asks or (_is_table(path) and "--question-key" in reading)]
+    existing = [path for path in others if _asks(path) == asks or ("--question-key" in reading and _has_columns(path, reading))]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
-    flags = reading if val_annotations else ()  # the training has read this file with these flags
-    if not val_annotations and existing and existing[0].parent == source.parent and ROOT in reading:
-        flags = reading[reading.index(ROOT) :][:2]  # the same images, but perhaps other columns
-    if not val_annotations and existing and _is_table(existing[0]):
-        flags = reading  # the same columns
+    flags = reading  # the training has read the validation file with these flags; the user writes the same columns
+    if not val_annotations and existing and not _has_columns(existing[0], reading):
+        same_images = ROOT in reading and existing[0].parent == source.parent
+        flags = reading[reading.index(ROOT) :][:2] if same_images else []
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
         ""
@@ -121,6 +122,15 @@ def _asks(path: Path) -> bool:
             return "question" in line.casefold()
         first = parsed(line)
         return isinstance(first, dict) and "question" in first
+    return False
+
+
+def _has_columns(path: Path, reading: Sequence[str]) -> bool:
+    """Return True if the first line of a file contains all names of columns that the training has read."""
+    names = [value for flag, value in pairwise(reading) if flag.endswith("-key")]
+    with suppress(OSError, ValueError), path.open(encoding="utf-8-sig") as lines:
+        line = lines.readline(LONGEST)
+        return bool(names) and all(name in line for name in names)
     return False
 
 

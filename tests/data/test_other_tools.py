@@ -274,6 +274,27 @@ def test_a_line_without_a_text_gets_a_fix_beside_valid_lines_and_alone(folder, l
     assert "-key" in str(error.value) or fix in str(error.value)
 
 
+def test_own_keys_of_questions_get_the_flags_of_questions(folder):
+    line = {"bild": "1.png", "frage": "How many cubes are there in all?", "antwort": "two", "id": 3}
+    with pytest.raises(DataError, match=r"--image-key bild --question-key frage --answer-key antwort \(all 3 lines"):
+        read(write(folder / "x.jsonl", [line] * 3))
+    line |= {"antwort": ["two", "2"]}
+    with pytest.raises(DataError, match="--question-key frage --answer-key antwort"):
+        read(write(folder / "x.jsonl", [line] * 3))
+    assert read(path := folder / "x.jsonl", keys=Keys("bild", "", "frage", "antwort")) and path
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_fix_of_most_lines_is_named_if_no_line_is_valid(folder, first):
+    """A flag for the misspelled key of one line would make all other lines invalid."""
+    lines = [{"shot": "1.png", "says": "a cube"}] * 4
+    odd = [{"shot": "1.png", "sais": "a cube"}, {"shot": "1.png"}]
+    path = write(folder / "x.jsonl", [*odd[:first], *lines, *odd[first:]])
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value).endswith("name the right one: --image-key shot --text-key says (4 of 6 lines have this problem)")
+
+
 def test_an_error_in_one_line_of_the_validation_file_does_not_advise_to_convert_files(folder):
     """The names of the columns are right, because other lines are valid."""
     for bad in ({"image": "1.png", "wrods": "a"}, {"image": "1.png"}):

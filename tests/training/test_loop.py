@@ -490,10 +490,25 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     (tmp_path / "table").mkdir()
     for name in ("train.csv", "test.csv"):
         (tmp_path / "table" / name).write_text("Datei;Text\n1.png;a\n")
+    own_keys = ["--image-key", "shot", "--text-key", "says"]
+    (tmp_path / "keys").mkdir()
+    trained = str(tmp_path / "keys/mine.jsonl")
+    missing = summary.evaluate_line("caption", run, trained, "", own, own_keys)
+    assert missing == f"{start}{write_first}{command}test.jsonl {' '.join(own_keys)}"  # the user writes the same keys
+    (tmp_path / "keys/test.jsonl").write_text('{"shot": "1.png", "says": "a"}\n')
+    same = summary.evaluate_line("caption", run, trained, "", own, own_keys)
+    assert same.endswith(f"keys/test.jsonl {' '.join(own_keys)}")
+    (tmp_path / "keys/test.jsonl").write_text('{"image": "1.png", "text": "a"}\n')
+    assert summary.evaluate_line("caption", run, trained, "", own, own_keys).endswith("keys/test.jsonl")
+    (tmp_path / "keys/test").mkdir()
+    folder = summary.evaluate_line("caption", run, str(tmp_path / "keys"), "", own)
+    assert folder.endswith(f"--references {tmp_path}/keys/test")
     trained = str(tmp_path / "table/train.csv")
     table = summary.evaluate_line("caption", run, trained, "", own, columns)
     assert table.endswith(f"{command}{tmp_path}/table/test.csv --image-key Datei")
-    assert summary.evaluate_line("vqa", run, trained, "", own, columns) == f"{start}{write_answers}{command}test.jsonl"
+    assert summary.evaluate_line("vqa", run, trained, "", own, columns) == (
+        f"{start}{write_answers}{command}test.jsonl --image-key Datei"
+    )
     (tmp_path / "table/test.csv").write_text("Datei;Question;Answer\n1.png;what?;a\n")
     assert "test.csv" in summary.evaluate_line("vqa", run, trained, "", own, columns)
     monkeypatch.setattr("sys.argv", ["train.py"])
@@ -566,6 +581,7 @@ def test_few_validation_images_give_one_warning(images, warned):
     lines = [example_of(f"{number}.png", "") for number in range(images)] * 20
     line = few_images_warning(lines)
     assert bool(line) == warned and (not warned or f"{images} validation image{'s' * (images > 1)}: with fewer" in line)
+    assert not warned or ("VAL_FRACTION" in line and "VAL_FRACTION" not in few_images_warning(lines, drawn=False))
 
 
 def test_the_warning_of_few_validation_images_comes_before_the_first_step(checkpoints, tmp_path, capsys):
