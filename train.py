@@ -52,7 +52,7 @@ LR_RATIO = 1.0  # LoRA+: learning rate of B as a multiple of that of A; 1: equal
 WARMUP_STEPS = 20  # optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps
 WEIGHT_DECAY = 0.01  # AdamW's decoupled weight decay of the adapters
 MAX_GRAD_NORM = 1.0  # clip gradients to this norm; 0: do not clip
-MAX_SKIPPED = 10  # stop after this many steps in a row without a finite loss and gradient (at the end of the run: 3)
+MAX_SKIPPED = 10  # stop after this many steps in a row whose loss or gradient is not finite (at the end of the run: 3)
 
 # More: validation and generation
 VALIDATE_EVERY = 0  # steps between validations; 0: a tenth of the run, at least 10; the last step is always validated

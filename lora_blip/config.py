@@ -99,7 +99,7 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay of the adapters")
     max_grad_norm: float = setting(1.0, "clip gradients to this norm; 0: do not clip")
     max_skipped: int = setting(
-        10, "stop after this many steps in a row without a finite loss and gradient (at the end of the run: 3)"
+        10, "stop after this many steps in a row whose loss or gradient is not finite (at the end of the run: 3)"
     )
 
     validate_every: int = setting(

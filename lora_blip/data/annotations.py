@@ -124,8 +124,8 @@ def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], u
     if not valid_lines and (message := one_problem([problem.reason for problem in problems])):
         raise DataError(f"{replace(problems[0], reason=in_all_lines(problems[0].reason))} ({message})")
     fixes = Counter(problem.reason.end for problem in problems if isinstance(problem.reason, KeyFault))
-    if not valid_lines and len(fixes) > 1:  # the lines with another key are wrong in another way
-        fix, count = fixes.most_common(1)[0]
+    fix, count = (fixes.most_common(1) or [("", 0)])[0]
+    if not valid_lines and len(fixes) > 1 and 2 * count > len(problems):  # the other lines are wrong in another way
         first = next(problem for problem in problems if isinstance(problem.reason, KeyFault) and problem.reason.end == fix)
         lines = f"{count:,} of {counted(len(problems), 'line')} have this problem"
         raise DataError(f"{replace(first, reason=in_all_lines(first.reason))} ({lines})")

@@ -31,6 +31,8 @@ UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 # a control character that JSON reads from an unescaped backslash → a slash and the letter in the file
 LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})
 NO_ANSWER = 'add "answers", a list of texts, or "answer", a text'
+USUAL_ANSWERS = ("a", "ans", "answer_text", "antwort", "response", "reply", "label")
+OTHER_WORDS = {"type", "id", "source", "url", "date", "category", "license"}  # in keys that contain no answer
 SIMILAR = 0.7  # difflib's ratio of a key and a known key, of which it may be a misspelling
 NOT_UTF8 = "it is not UTF-8 (or contains half a surrogate pair); save the file as UTF-8"
 
@@ -164,15 +166,15 @@ def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
     if rest.keys().isdisjoint(TEXT_KEYS) and (texts or not no_image):
         named.append(("text", texts[0] if texts else ""))
     asking = next((key for key in texts if strings[key].endswith("?")), "")
-    if asking and ("text", texts[0]) in named and "question" not in rest:  # the longest other text or list is the answer
-        lists = [key for key, value in rest.items() if isinstance(value, list) and key not in ANSWER_KEYS]
-        answers = [*lists, *(key for key in texts if key not in (asking, *ANSWER_KEYS))]
+    if asking and ("text", texts[0]) in named and "question" not in rest:
         named[-1:] = [("question", asking)]
-        if rest.keys().isdisjoint(ANSWER_KEYS) and answers:
-            named.append(("answer", answers[0]))
+        if rest.keys().isdisjoint(ANSWER_KEYS):
+            named.append(("answer", _answer_key(rest, asking)))
     has_text = "question" in rest or not rest.keys().isdisjoint(TEXT_KEYS)
     absent = (*(IMAGE_KEYS if no_image else ()), *(() if has_text else (*TEXT_KEYS, "question")))
-    typos = [typo for key, value in rest.items() if (typo := _typo(key, absent, value))]
+    found = {typo: len(str(value)) for key, value in rest.items() if (typo := _typo(key, absent, value))}
+    longest = {typo.partition(" for ")[0]: typo for typo in sorted(found, key=lambda typo: found[typo])}
+    typos = [typo for typo in found if typo in longest.values()]  # one key for each name
     asks = not rest.keys().isdisjoint(("question", *ANSWER_KEYS))  # a flag for the text would make it a caption
     named = [(ours, key) for ours, key in named if not (asks and ours == "text")]
     start += f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; "
@@ -184,10 +186,27 @@ def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
     return KeyFault(start, f"name the right one: {flags}", here, may_be_a_typo=bool(typos))
 
 
+def _answer_key(rest: Entry, asking: str) -> str:
+    """Return the key that probably contains the answers to the question in the key `asking`, or "" if several keys may.
+
+    It has a text or a list of texts, and no other meaning.
+    """
+    others = {asking, "split", "group", "prompt", "question_id", *IMAGE_KEYS}
+    may_answer = [
+        key
+        for key, value in rest.items()
+        if key not in others and not IMAGE_NAME.fullmatch(str(value)) and OTHER_WORDS.isdisjoint(plain_name(key).split("_"))
+        and (isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(each, str) for each in value)))
+    ]  # fmt: skip
+    usual = [key for key in may_answer if plain_name(key) in USUAL_ANSWERS]
+    return next((some[0] for some in (usual, may_answer) if len(some) == 1), "")
+
+
 def _typo(key: str, absent: Sequence[str], value: object) -> str:
     """Return which of the absent keys a key may misspell, as in "text" for 'txet', or "".
 
-    A key that contains another word, such as answer_type or image_id, is no misspelling, unless it has a text, as caption_en.
+    A key that contains another word, such as answer_type, is not a misspelling. A key whose value is a text, such as
+    caption_en, may be one.
     """
     if key in (*TEXT_KEYS, *ANSWER_KEYS, "question"):
         return ""

@@ -47,7 +47,7 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
             source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations",
             splits=splits,
         )  # fmt: skip
-        training = splits.get("train") or training  # as the training reads them
+        training = splits.get("train") or training  # as a training reads them now
     except DataError as error:
         if config.train_annotations:
             raise

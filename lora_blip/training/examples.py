@@ -48,7 +48,8 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
         training, validation = split(config, examples, groups)
     # spread the lines of an image over the batches, because lines of one image cannot be negatives of each other
     random.Random(config.seed).shuffle(validation)
-    return Lines(training, validation, drawn=not (config.val_annotations or lines_by_split.get("val")))
+    own_validation = lines_by_split.get("train") and lines_by_split.get("val")
+    return Lines(training, validation, drawn=not (config.val_annotations or own_validation))
 
 
 def split_by_column(

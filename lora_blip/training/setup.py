@@ -237,8 +237,8 @@ def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> 
         name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'
         fix = (
             f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}. "
-            f"Otherwise move lines of images that resemble no other image from {config.annotations} to val.jsonl, and set "
-            'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+            f"Otherwise choose images that resemble no other image, move their lines from {config.annotations} to val.jsonl, "
+            'and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
         )
     report_split_leaks(map(FILE, lines.validation), map(FILE, lines.training), thumbnails, fix)
 

@@ -5,10 +5,10 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.entries import SPLITS
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
@@ -80,20 +80,19 @@ def evaluate_line(
     """
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
-    candidates = [source.with_name(f"{name}{suffix}") for suffix in suffixes for name in ("test", "val")]
-    if source.is_dir():
-        candidates[:0] = [source / f"{name}{suffix}" for suffix in ("", ".jsonl", *TABLES) for name in ("test", "val")]
-    for demo in (source.with_name(TRAINING_IMAGES), source.parent):  # the annotations are beside the images, or among them
+    candidates = [source.parent / f"{name}{suffix}" for suffix in suffixes for name in ("test", "val")]
+    if source.is_dir() and _are_of_train(examples, source):
+        candidates[:0] = [source / f"{name}{suffix}" for suffix in (".jsonl", *TABLES, "") for name in ("test", "val")]
+    for demo in (source.parent / TRAINING_IMAGES, source.parent):  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
-    others = [path for path in candidates if path.is_file() or (path.is_dir() and source in path.parents)]
-    others = [path for path in others if path != source]
+    others = [path for path in candidates if path != source and (path.is_file() or next(path.rglob("*.txt"), None))]
     asks = task == "vqa"
     existing = [path for path in others if _asks(path) == asks or ("--question-key" in reading and _has_columns(path, reading))]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     flags = reading  # the training has read the validation file with these flags; the user writes the same columns
     if not val_annotations and existing and not _has_columns(existing[0], reading):
-        same_images = ROOT in reading and existing[0].parent == source.parent
+        same_images = ROOT in reading and existing[0].parent in (source, source.parent)
         flags = reading[reading.index(ROOT) :][:2] if same_images else []
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
@@ -125,9 +124,18 @@ def _asks(path: Path) -> bool:
     return False
 
 
+def _are_of_train(examples: list[Example], folder: Path) -> bool:
+    """Return True if the files of the training lines, or the first folders of their images, are called train."""
+    splits = {SPLITS.get(Path(example.source).stem.lower()) for example in examples}
+    if splits != {"train"}:
+        with suppress(ValueError):  # an image is not in the folder
+            splits = {SPLITS.get(example.image.relative_to(folder).parts[0].lower()) for example in examples}
+    return splits == {"train"}
+
+
 def _has_columns(path: Path, reading: Sequence[str]) -> bool:
     """Return True if the first line of a file contains all names of columns that the training has read."""
-    names = [value for flag, value in pairwise(reading) if flag.endswith("-key")]
+    names = [value for flag, value in zip(reading[::2], reading[1::2], strict=True) if flag.endswith("-key")]
     with suppress(OSError, ValueError), path.open(encoding="utf-8-sig") as lines:
         line = lines.readline(LONGEST)
         return bool(names) and all(name in line for name in names)

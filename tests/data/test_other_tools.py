@@ -281,7 +281,37 @@ def test_own_keys_of_questions_get_the_flags_of_questions(folder):
     line |= {"antwort": ["two", "2"]}
     with pytest.raises(DataError, match="--question-key frage --answer-key antwort"):
         read(write(folder / "x.jsonl", [line] * 3))
-    assert read(path := folder / "x.jsonl", keys=Keys("bild", "", "frage", "antwort")) and path
+    assert read(folder / "x.jsonl", keys=Keys("bild", "", "frage", "antwort"))
+
+
+@pytest.mark.parametrize(
+    ("rest", "answer"),
+    [
+        ({"a": "yes", "split": "train"}, "a"),
+        ({"a": "no", "answer_type": "yes/no"}, "a"),
+        ({"a": "yes", "bbox": [1, 2, 3, 4]}, "a"),
+        ({"one": "yes", "two": "no"}, "KEY"),
+        ({"n": 3}, "KEY"),
+    ],
+)
+def test_the_key_of_an_answer_is_named_only_if_it_is_clear(folder, rest, answer):
+    line = {"image": "1.png", "q": "is it red?"} | rest
+    with pytest.raises(DataError, match=f"--question-key q --answer-key {answer} "):
+        read(write(folder / "x.jsonl", [line] * 3))
+
+
+def test_two_keys_do_not_get_the_same_new_name(folder):
+    line = {"image": "1.png", "caption_en": "a cat", "caption_de": "eine Katze"}
+    with pytest.raises(DataError) as error:
+        read(write(folder / "x.jsonl", [{"image": "1.png", "text": "a"}, line]))
+    assert "; write \"caption\" for 'caption_de'\n" in str(error.value)
+
+
+def test_a_rare_problem_does_not_hide_the_others(folder):
+    lines = [{"image": "1.png", "text": ""}] * 5 + [{"image": "1.png", "words": "a cat"}, {"image": "1.png", "remark": "b"}]
+    with pytest.raises(DataError) as error:
+        read(write(folder / "x.jsonl", lines))
+    assert str(error.value).count("the text is empty") == 5
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])

@@ -500,9 +500,19 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     assert same.endswith(f"keys/test.jsonl {' '.join(own_keys)}")
     (tmp_path / "keys/test.jsonl").write_text('{"image": "1.png", "text": "a"}\n')
     assert summary.evaluate_line("caption", run, trained, "", own, own_keys).endswith("keys/test.jsonl")
-    (tmp_path / "keys/test").mkdir()
-    folder = summary.evaluate_line("caption", run, str(tmp_path / "keys"), "", own)
-    assert folder.endswith(f"--references {tmp_path}/keys/test")
+    photos = tmp_path / "photos"
+    (photos / "test").mkdir(parents=True)
+    of_train, of_all = (
+        [example_of(str(photos / name)) for name in names] for names in (("train/1.png",), ("a.png", "test/1.png"))
+    )
+    for lines_of, text_file, fits in ((of_train, False, False), (of_train, True, True), (of_all, True, False)):
+        (photos / "test/1.txt").write_text("a") if text_file else None
+        line = summary.evaluate_line("caption", run, str(photos), "", lines_of)
+        assert line.endswith(f"--references {photos}/test") is fits
+    (photos / "test.jsonl").write_text('{"image": "test/1.png", "text": "a"}\n')
+    line = summary.evaluate_line("caption", run, str(photos), "", of_train, ["--image-root", "x"])
+    assert line.endswith(f"{photos}/test.jsonl --image-root x")
+    assert "test.jsonl" in summary.evaluate_line("caption", run, ".", "", own)
     trained = str(tmp_path / "table/train.csv")
     table = summary.evaluate_line("caption", run, trained, "", own, columns)
     assert table.endswith(f"{command}{tmp_path}/table/test.csv --image-key Datei")
