@@ -24,6 +24,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # lora_blip, also if it is not installed
 os.environ.setdefault("PYTHONPATH", str(ROOT))
+TOGETHER = 2  # lessons that are executed at the same time; more threads than cores can make PyTorch 40 times slower
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or TOGETHER) // TOGETHER)))
 BUILD = ROOT / "docs" / "_build"
 SOURCE, NOTEBOOKS, EXECUTED = BUILD / "source", BUILD / "notebooks", BUILD / "executed"
 REPOSITORY = os.environ.get("REPOSITORY") or "https://github.com/OWNER/lora_blip"  # make docs REPOSITORY=https://…
@@ -88,7 +90,7 @@ def write_lessons() -> list[str]:
     files = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
     used = [ROOT / "lessons" / "lesson_tools.py", *sorted((ROOT / "lora_blip").rglob("*.py"))]
     fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in used)).hexdigest()
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(TOGETHER) as pool:
         executed = list(pool.map(lambda path: execute(path, fingerprint), files))
     shutil.rmtree(NOTEBOOKS, ignore_errors=True)
     NOTEBOOKS.mkdir(parents=True)
