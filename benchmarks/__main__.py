@@ -1,6 +1,6 @@
 """Compare lora_blip with peft and others, in turns: `make bench`, or `python -m benchmarks --only step,memory --quick`.
 
-All rows take about 75 minutes on 2 cores. `python -m benchmarks.studies.growth` measures how cost grows, and
+All rows take 55 to 105 minutes on 2 cores. `python -m benchmarks.studies.growth` measures how cost grows, and
 `python -m benchmarks.suite.bars` draws a result.
 """
 

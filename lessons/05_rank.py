@@ -112,8 +112,8 @@ for n in (8, 4, 2, 1):
 
 # %% [markdown]
 # The sixteen singular values of ΔW fall gradually: the effective rank is about 11. But the score needs only a few of
-# them. With four of the sixteen, it is at most five percentage points below that of all (seeds 0, 1 and 2). With one, it is much lower. It is also
-# not stable. It depends on the seed and on the rounding: with seed 0, two runs that round differently gave 81 % and 69 %. With each seed, the adapter that was *trained* with rank 1 is better. So ΔW₁ is the update of rank 1 that is nearest to ΔW,
+# them. With four of the sixteen, it is at most five percentage points below that of all (seeds 0, 1 and 2). With one, the score is much lower,
+# and it changes with the seed and with the rounding: with seed 0, two runs that round differently gave 81 % and 69 %. With each seed, the adapter that was *trained* with rank 1 is better. So ΔW₁ is the update of rank 1 that is nearest to ΔW,
 # but it is not the update of rank 1 that is best for the captions.
 #
 # The paper compares two trained matrices A, with r = 8 and r = 64, by their right singular vectors (not those of ΔW). It

@@ -15,8 +15,8 @@
 # $$s = \frac{\alpha}{r},$$
 # $$A: (r, k), \quad B: (d, r).$$
 #
-# A is random at the start, and B is zero. Each variant changes one part: the factor s, the norm of the rows of the weight,
-# the start, or the learning rates. (PiSSA changes three: the start, the frozen weight, and s, which is 1.) In `peft` they are
+# A is random at the start, and B is zero. rsLoRA changes the factor s, DoRA the norm of the rows of the weight, and LoRA+ the
+# learning rates. PiSSA changes three things: the start, the frozen weight, and s, which is 1. In `peft` they are
 # `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`, `LoraConfig(init_lora_weights="pissa")` and the function
 # `peft.optimizers.create_loraplus_optimizer`. `docs/variants.md` lists those that are settings of `lora_blip`.
 
