@@ -91,7 +91,7 @@ with torch.no_grad():
 # the update together. `inject` adds the pre-hook and `fused_hook`. (For small linears on most CPUs, `fused_hook`
 # computes the update with operations of PyTorch, which is faster there.)
 #
-# $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
+# $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So it is enough to keep $X$ in the forward pass:
 # $n k$ numbers. Both hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for
 # $\partial L / \partial W = dY^\top X$. So for one linear, LoRA does **not reduce the memory of activations**. It reduces the memory of
 # the gradient and of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$. A frozen linear without an adapter has

@@ -252,8 +252,8 @@ assert 0.1 < difference < 0.4 and other[0][-1] > adam[0][-1]
 # ## Why does α/r make sense with Adam?
 #
 # Write each row of A twice in an adapter with r = 8. Now r = 16, but ΔW still has at most rank 8. With the same α, s is
-# halved, and so are the gradients of each copy. Adam ignores this if ε is halved too, as in the cell. So each copy learns
-# the same as the row that it copies. The sum of the two updates, each with s/2, is the update of the adapter with r = 8. So with
+# halved, and so are the gradients of each copy. Adam ignores this if ε is halved too, as in the cell. So each copied
+# row of A, and its column of B, learn the same as the original pair. The sum of the two updates, each with s/2, is the update of the adapter with r = 8. So with
 # α/r and Adam, this doubled adapter trains in the same way without a new learning rate.
 #
 # Here the two copies are equal, so their updates have the same direction, and the norm of ΔW does not fall. The random rows

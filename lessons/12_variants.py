@@ -287,7 +287,7 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 #
 # ## What to remember
 #
-# - A variant changes the factor, the norm, the start or the learning rates. Before the first training step, each gives the base.
+# - A variant changes the factor, the norm, the start or the learning rates. Before the first training step, each gives the base (PiSSA up to rounding).
 # - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, without weight decay and clipping, and with ε
 #   near zero, LoRA+ is LoRA with λα and the rate η_A for A and B.
 # - Compare variants only after you tune the learning rate of each.
