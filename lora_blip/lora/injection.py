@@ -113,7 +113,8 @@ def put(
     except BaseException:  # such as too little memory, or Ctrl-C
         for linear in adapted_linears(model).values():
             remove(linear, {key for key in linear.lora if name_of(key) == name})
-        routing.dormant -= {name} if dormant else set()
+        if dormant:
+            routing.dormant -= {name}
         raise
     for lora in adapters(model, name).values() if dormant else ():
         lora.requires_grad_(False)

@@ -115,10 +115,10 @@ def _asks(path: Path) -> bool:
 
     An unreadable file has no question.
     """
-    with suppress(OSError, ValueError), path.open(encoding="utf-8-sig") as lines:
-        line = lines.readline(LONGEST)
-        if _is_table(path):
-            return "question" in line.casefold()
+    line = _first_line(path)
+    if _is_table(path):
+        return "question" in line.casefold()
+    with suppress(ValueError):
         first = parsed(line)
         return isinstance(first, dict) and "question" in first
     return False
@@ -126,7 +126,7 @@ def _asks(path: Path) -> bool:
 
 def _are_of_train(examples: list[Example], folder: Path) -> bool:
     """Return True if the files of the training lines, or the first folders of their images, are called train."""
-    splits = {SPLITS.get(Path(example.source).stem.lower()) for example in examples}
+    splits = {SPLITS.get(Path(source).stem.lower()) for source in {example.source for example in examples}}
     if splits != {"train"}:
         with suppress(ValueError):  # an image is not in the folder
             splits = {SPLITS.get(example.image.relative_to(folder).parts[0].lower()) for example in examples}
@@ -136,10 +136,15 @@ def _are_of_train(examples: list[Example], folder: Path) -> bool:
 def _has_columns(path: Path, reading: Sequence[str]) -> bool:
     """Return True if the first line of a file contains all names of columns that the training has read."""
     names = [value for flag, value in zip(reading[::2], reading[1::2], strict=True) if flag.endswith("-key")]
+    line = _first_line(path)
+    return bool(names) and all(name in line for name in names)
+
+
+def _first_line(path: Path) -> str:
+    """Return the first line of a text file, or "" if it cannot be read."""
     with suppress(OSError, ValueError), path.open(encoding="utf-8-sig") as lines:
-        line = lines.readline(LONGEST)
-        return bool(names) and all(name in line for name in names)
-    return False
+        return lines.readline(LONGEST)
+    return ""
 
 
 def _is_table(path: Path) -> bool:

@@ -2,7 +2,8 @@
 
 import os
 import threading
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,29 @@ from lora_blip.inference.shared_base import shared
 from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.model_lock import LOCKS, changing, lock_of
 from lora_blip.lora.sites import Site
+from lora_blip.models.loading import Backbone
 
 
 def tree() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+
+
+def saved(backbone: Backbone, targets: str, folder: Path) -> adapter_file.Adapter:
+    """Return the content of the file of a new adapter with random B."""
+    for lora in lora_blip.inject(backbone, targets).values():
+        nn.init.normal_(lora.B)
+    return adapter_file.read(lora_blip.save_adapter(folder / "adapter.safetensors", backbone))
+
+
+def check_waits(held: AbstractContextManager[Any], function: Any, model: nn.Module) -> None:
+    """Call a function in a thread while `held` is entered. Check that it waits, and that it ends after that."""
+    thread = threading.Thread(target=function, args=(model,))
+    with held:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 CHANGES: dict[str, Any] = {
@@ -35,13 +55,7 @@ def test_a_change_waits_until_the_lock_of_the_model_is_free(name, of_part):
     part = tree()
     model = nn.Sequential(part, nn.Linear(4, 4)) if of_part else part
     lora_blip.inject(part, [Site("0.0", 2)])
-    change = threading.Thread(target=CHANGES[name], args=(part,))
-    with lock_of(model):
-        change.start()
-        change.join(0.2)
-        assert change.is_alive()
-    change.join(10)
-    assert not change.is_alive()
+    check_waits(lock_of(model), CHANGES[name], part)
 
 
 def test_models_without_a_common_module_do_not_wait_for_each_other():
@@ -55,15 +69,13 @@ def test_models_without_a_common_module_do_not_wait_for_each_other():
 def test_a_captioner_and_a_change_of_a_part_do_not_wait_for_each_other(make, tmp_path):
     """The part has the older lock. Both threads acquire it first."""
     source, backbone = make("blip"), make("blip")
-    for lora in lora_blip.inject(source, "vit").values():
-        nn.init.normal_(lora.B)
-    adapters = [lora_blip.save_adapter(tmp_path / "adapter.safetensors", source)]
+    adapter = saved(source, "vit", tmp_path)
     lock_of(backbone.model.vision_model)
     base = shared(backbone.model)
 
     def load() -> None:
         for _ in range(30):
-            base.load(backbone, adapter_file.read(adapters[0]))
+            base.load(backbone, adapter)
 
     def change() -> None:
         for _ in range(60):
@@ -80,9 +92,7 @@ def test_a_captioner_and_a_change_of_a_part_do_not_wait_for_each_other(make, tmp
 
 def test_an_adapter_of_a_captioner_stays_dormant_if_a_part_of_the_model_loses_its_adapters(make, tmp_path):
     source, backbone = make("blip"), make("blip")
-    for lora in lora_blip.inject(source, "text").values():
-        nn.init.normal_(lora.B)
-    adapter = adapter_file.read(lora_blip.save_adapter(tmp_path / "adapter.safetensors", source))
+    adapter = saved(source, "text", tmp_path)
     loaded = shared(backbone.model).load(backbone, adapter)
     lora_blip.inject(backbone, "vit", name="own")
     routing = next(iter(attached.adapted_linears(backbone.model).values())).lora.routing
@@ -98,13 +108,7 @@ def test_an_adapter_of_a_captioner_stays_dormant_if_a_part_of_the_model_loses_it
 
 def test_a_captioner_without_an_adapter_waits_for_a_change_that_has_started():
     whole = tree()
-    with changing(whole[0]):  # it does not hold the lock of `whole`, which does not exist yet
-        thread = threading.Thread(target=shared, args=(whole,))
-        thread.start()
-        thread.join(0.2)
-        assert thread.is_alive()
-    thread.join(10)
-    assert not thread.is_alive()
+    check_waits(changing(whole[0]), shared, whole)  # it does not hold the lock of `whole`, which does not exist yet
 
 
 def test_two_threads_that_change_overlapping_models_do_not_wait_forever():
@@ -162,9 +166,7 @@ def test_the_table_keeps_no_model_alive():
 def test_an_adapter_of_a_captioner_is_never_active_by_itself(make, tmp_path, monkeypatch, in_block):
     """Another thread may run the model after each linear that gets the adapter."""
     source, backbone = make("blip"), make("blip")
-    for lora in lora_blip.inject(source, "vit").values():
-        nn.init.normal_(lora.B)
-    adapter = adapter_file.read(lora_blip.save_adapter(tmp_path / "adapter.safetensors", source))
+    adapter = saved(source, "vit", tmp_path)
     x = torch.randn(1, 3, backbone.image_size, backbone.image_size)
     run = lambda: backbone.model.vision_model(x).last_hidden_state  # noqa: E731
     attach, outputs = injection.attach, list[torch.Tensor]()
