@@ -76,7 +76,7 @@ def _check_forward(path: str, linear: Any) -> None:
     try:
         with torch.autocast(weight.device.type, enabled=False):
             actual, plain = linear.forward(x), F.linear(x, weight, linear.bias)
-        equal = torch.allclose(actual, plain, rtol=bound, atol=bound * _largest(plain), equal_nan=True)
+        equal = torch.allclose(actual, plain, rtol=bound, atol=bound * largest_of(plain), equal_nan=True)
     except Exception as error:
         raise LoRAError(f"{path!r} ({type(linear).__name__}) cannot be checked before a merge: {error}") from error
     if not equal:
@@ -114,8 +114,8 @@ def _probe(linear: Any) -> Tensor:
     return x.view(2, -1).to(linear.weight.dtype)
 
 
-def _largest(values: Tensor) -> float:
-    """Return the largest absolute value; NaN if there is one."""
+def largest_of(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is one. `aminmax` needs no other tensor of this size, as `abs` does."""
     return float(torch.stack(torch.aminmax(values.detach())).abs().max()) if values.numel() else 0.0
 
 

@@ -1,5 +1,6 @@
 """Write the adapters into the weights, and back."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,11 +17,12 @@ from lora_blip.lora.attached import (
     check_unheld,
     clear_if_bare,
     detach,
+    has_adapters,
     model_of,
     share_routing,
 )
 from lora_blip.lora.layer import AdapterStack, LoRA
-from lora_blip.lora.mergeable import check_mergeable, check_stored
+from lora_blip.lora.mergeable import check_mergeable, check_stored, largest_of
 from lora_blip.lora.model_lock import changing
 from lora_blip.lora.sites import name_of
 from lora_blip.lora.variants import FUSED, change_of, original_of
@@ -76,7 +78,8 @@ def bake(model: nn.Module | Loaded) -> None:
     """Merge all adapters and remove them, with their hooks and the original weights. The model is then a plain one.
 
     The adapters of a `Captioner` are removed without a merge. The captioner then raises LoRAError if it is used.
-    The originals are kept in the CPU's memory until the last weight is written. If a merge fails, every weight is put back.
+    All sums are checked before a weight is changed, and no second copy of the weights is made. If the call is interrupted,
+    for example by Ctrl-C, it writes the remaining weights before it raises.
     Raise LoRAError as `merge` does. In peft: `merge_and_unload`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
@@ -89,10 +92,30 @@ def bake(model: nn.Module | Loaded) -> None:
         keys = {path: own for path, own in keys.items() if own}
         _require_adapters(model, keys)
         check_mergeable(model, keys)
-        fold_all(hooked, keys, torch.device("cpu"))
-        for linear in hooked.values():
+        check_sums(hooked, keys)
+        left = dict(hooked)
+        try:
+            bake_all(left, keys)
+        except BaseException:  # the adapter must not stay on some linears only
+            bake_all(left, keys)
+            raise
+        finally:
+            clear_if_bare(model)
+
+
+def bake_all(left: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
+    """Merge the adapters `keys` of each linear, and remove all its adapters. Remove a linear from `left` when it is done.
+
+    A second call continues after an error: the original weight of a linear is kept until its adapters are removed, and `fold`
+    starts from it. So the outputs of the model are the same at any time.
+    """
+    while left:
+        path, linear = next(iter(left.items()))
+        if has_adapters(linear):
+            if path in keys:
+                fold(linear, keys[path])
             detach(linear)
-        clear_if_bare(model)
+        del left[path]
 
 
 def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None:
@@ -115,66 +138,72 @@ def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield adapted_linears(model)
 
 
-def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]], keep_on: torch.device | None = None) -> None:
+def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
     """Merge adapters. `keys`: {path of a linear: keys in its stack}. If one merge fails, put every weight back."""
+    check_sums(hooked, keys)
     before = {path: hooked[path].lora.merged for path in keys}
     try:
         for path, chosen in keys.items():
-            fold(path, hooked[path], chosen, keep_on)
+            fold(hooked[path], chosen)
     except BaseException:
         for path, earlier in before.items():
-            fold(path, hooked[path], earlier) if earlier else write_back(hooked[path])
+            fold(hooked[path], earlier) if earlier else write_back(hooked[path])
         raise
 
 
 @torch.no_grad()
-def fold(path: str, linear: Any, keys: frozenset[str], keep_on: torch.device | None = None) -> None:
-    """Write original + Σ ΔW of `keys` into the weight. Keep the original on `keep_on`, by default the weight's device.
+def check_sums(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
+    """Raise LoRAError if a merged weight would not be finite in its dtype. Nothing is changed.
 
-    Raise LoRAError if the sum is not finite in the weight's dtype.
+    The sum is computed only if a bound of its largest value does not show that it is finite.
     """
-    stack: AdapterStack = linear.lora
-    if adds_in_place(linear, keys):
-        add_in_place(linear, cast(LoRA, stack[min(keys)]), keep_on)
-        merged = linear.weight
-    else:
-        merged = summed(linear, keys).to(linear.weight.dtype)
-    if not is_finite(merged):
-        name, largest = str(merged.dtype).removeprefix("torch."), torch.finfo(merged.dtype).max
+    for path, chosen in keys.items():
+        linear = hooked[path]
+        dtype, largest = linear.weight.dtype, torch.finfo(linear.weight.dtype).max
+        if bound_of(linear, chosen) < 0.99 * largest or math.isfinite(largest_of(summed(linear, chosen).to(dtype))):
+            continue
+        name = str(dtype).removeprefix("torch.")
         raise LoRAError(
             f"{path!r} would be NaN or beyond the largest {name}, {largest:g}, when merged; nothing was changed. Use the "
             "adapter unmerged, load the base in bf16 or fp32, or train with a lower lr"
         )
-    if merged is not linear.weight:
-        keep_original(linear, keep_on)
+
+
+def bound_of(linear: Any, keys: frozenset[str]) -> float:
+    """Return a bound of the absolute values of W + Σ ΔW. It is infinite or NaN if a value of W, A or B is, and for DoRA.
+
+    An element of B A is a sum of r products, so |ΔW_ij| ≤ |alpha / r| · r · max |B| · max |A|.
+    """
+    loras = [linear.lora[key] for key in keys]
+    if any(type(lora) not in FUSED for lora in loras):
+        return math.inf
+    updates = (abs(lora.scale) * lora.site.r * largest_of(lora.B) * largest_of(lora.A) for lora in loras)
+    return sum(updates, largest_of(original_of(linear)))
+
+
+@torch.no_grad()
+def fold(linear: Any, keys: frozenset[str]) -> None:
+    """Write original + Σ ΔW of `keys` into the weight, and keep the original."""
+    stack: AdapterStack = linear.lora
+    loras = [stack[key] for key in keys]
+    in_place = len(loras) == 1 and type(loras[0]) in FUSED and linear.weight.dtype == loras[0].A.dtype == torch.float32
+    merged = None if in_place else summed(linear, keys)
+    if stack.original is None:
+        stack.original = linear.weight.detach().clone()
+    elif in_place:
+        linear.weight.copy_(stack.original)
+    if merged is None:
+        add_in_place(linear.weight, cast(LoRA, loras[0]))
+    else:
         linear.weight.copy_(merged)
     stack.merged = frozenset(keys)
 
 
-def keep_original(linear: Any, keep_on: torch.device | None) -> None:
-    """Copy W to `linear.lora.original` before the first merge."""
-    if linear.lora.original is None:
-        linear.lora.original = linear.weight.detach().to(device=keep_on, copy=True)
-
-
-def adds_in_place(linear: Any, keys: frozenset[str]) -> bool:
-    """Return True if W + ΔW is one float32 sum, which `add_in_place` computes without a copy of W."""
-    loras = [linear.lora[key] for key in keys]
-    return len(loras) == 1 and type(loras[0]) in FUSED and linear.weight.dtype == loras[0].A.dtype == torch.float32
-
-
-def add_in_place(linear: Any, lora: LoRA, keep_on: torch.device | None) -> None:
-    """Write original + ΔW into W, and keep the original. `fold_all` puts it back if the result is not finite."""
-    if linear.lora.original is None:
-        keep_original(linear, keep_on)
-    else:
-        linear.weight.copy_(linear.lora.original)
-    linear.weight.add_(lora.delta_weight())
-
-
-def is_finite(values: Tensor) -> bool:
-    """Return True if no value is NaN or infinite. `aminmax` needs no other matrix of this size, as `isfinite` does."""
-    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+def add_in_place(weight: Tensor, lora: LoRA) -> None:
+    """Write W + ΔW into W, in float32, without a matrix for ΔW."""
+    start, end = lora.padding
+    with torch.autocast(weight.device.type, enabled=False):
+        weight[start : len(weight) - end].addmm_(lora.B, lora.A, alpha=lora.scale)
 
 
 @torch.no_grad()

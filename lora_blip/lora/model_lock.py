@@ -46,4 +46,4 @@ def related(model: nn.Module) -> list[nn.Module]:
     lock_of(model)
     own = {id(module) for module in modules_of(model).values()}
     known = [other for reference in LOCKS.keyrefs() if (other := reference()) is not None]
-    return [other for other in known if any(id(module) in own for module in modules_of(other).values())]
+    return [other for other in known if other is model or any(id(module) in own for module in modules_of(other).values())]
