@@ -246,9 +246,12 @@ def trimmed(
     return result
 
 
-def _describe_ignored(keys: dict[str, tuple[int, Location]]) -> str:
-    """Return the ignored keys as one text: each with the number of its lines and the first of them."""
-    some = [f"{quoted(key)} ({counted(count, 'line')}, first line {first})" for key, (count, first) in keys.items()]
+def _describe_ignored(keys: dict[str, tuple[int, Location, str]]) -> str:
+    """Return the ignored keys as one text: each with its lines, the first one, and the key that it may misspell."""
+    some = [
+        f"{quoted(key)} ({counted(count, 'line')}, first line {first}{f'; did you mean {typo}?' if typo else ''})"
+        for key, (count, first, typo) in sorted(keys.items(), key=lambda item: not item[1][2])
+    ]
     return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
 
 

@@ -172,7 +172,7 @@ def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
             named.append(("answer", _answer_key(rest, asking)))
     has_text = "question" in rest or not rest.keys().isdisjoint(TEXT_KEYS)
     absent = (*(IMAGE_KEYS if no_image else ()), *(() if has_text else (*TEXT_KEYS, "question")))
-    found = {typo: len(str(value)) for key, value in rest.items() if (typo := _typo(key, absent, value))}
+    found = {typo: len(str(value)) for key, value in rest.items() if (typo := misspelled(key, absent, value))}
     longest = {typo.partition(" for ")[0]: typo for typo in sorted(found, key=lambda typo: found[typo])}
     typos = [typo for typo in found if typo in longest.values()]  # one key for each name
     asks = not rest.keys().isdisjoint(("question", *ANSWER_KEYS))  # a flag for the text would make it a caption
@@ -202,7 +202,7 @@ def _answer_key(rest: Entry, asking: str) -> str:
     return next((some[0] for some in (usual, may_answer) if len(some) == 1), "")
 
 
-def _typo(key: str, absent: Sequence[str], value: object) -> str:
+def misspelled(key: str, absent: Sequence[str], value: object) -> str:
     """Return which of the absent keys a key may misspell, as in "text" for 'txet', or "".
 
     A key that contains another word, such as answer_type, is not a misspelling. A key whose value is a text, such as
@@ -226,7 +226,7 @@ def _question(rest: Entry, answered: bool) -> Entry:
     answers = _take(rest, ANSWER_KEYS, [])
     answers = answers if isinstance(answers, list) else [answers]
     if not answers and not may_be_empty:
-        typo = next((typo for key in rest if (typo := _typo(key, ANSWER_KEYS, rest[key]))), "")
+        typo = next((typo for key in rest if (typo := misspelled(key, ANSWER_KEYS, rest[key]))), "")
         raise _ValueError(f"no answer: {f'write {typo}' if typo else NO_ANSWER}")
     texts = [item.get("answer", item) if isinstance(item, dict) else item for item in answers]
     entry: Entry = {"question": question, "answers": [_tidied("answer", text) for text in texts]}

@@ -6,7 +6,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, SPLITS, TEXT_KEYS, Entry, Location, as_text, canonical, first_key
+from lora_blip.data.entries import (
+    ANSWER_KEYS,
+    IMAGE_KEYS,
+    SPLITS,
+    TEXT_KEYS,
+    Entry,
+    Location,
+    as_text,
+    canonical,
+    first_key,
+    misspelled,
+)
 from lora_blip.runtime.untrusted import is_path
 
 MOST_SHARED = 2**17  # largest number of different answers, groups and prompts that share memory
@@ -79,7 +90,7 @@ class ExampleBuilder:
         self.prompts = 0  # number of lines with their own prompt
         self.splits: dict[Location, str] = {}  # line or entry → its split: train, val or test
         self.group_entries: dict[Location, Entry] = {}  # line or entry → {the column that gives its group: its value}
-        self.ignored: dict[str, tuple[int, Location]] = {}  # unused key → number of lines, first line
+        self.ignored: dict[str, tuple[int, Location, str]] = {}  # unused key → number of lines, first line, "write … for …"
 
     def build(self, entry: Entry | str, number: Location) -> Example | tuple[Location, str]:
         """Return an Example, or (location, reason) for an invalid entry. If `entry` is a text, it is the reason."""
@@ -115,8 +126,8 @@ class ExampleBuilder:
         used |= {"question", "question_id"} if is_question else set()
         for key in (key for key in entry if key not in used):
             if key in self.ignored or len(self.ignored) < MOST_KEYS:
-                count, first = self.ignored.get(key, (0, number))
-                self.ignored[key] = count + 1, first
+                count, first, typo = self.ignored.get(key) or (0, number, typo_of(key, entry))
+                self.ignored[key] = count + 1, first, typo
 
     def _quick(self, entry: Entry, number: Location) -> Example | None:
         """Return the Example that `canonical` leads to, in half the time. Return None unless all values are tidy strings."""
@@ -195,3 +206,11 @@ class ExampleBuilder:
 def is_tidy(text: str) -> bool:
     """Return True for a text that is not empty, has only printable characters, and that `plain` would not change."""
     return text.isprintable() and "  " not in text and text.strip() == text != ""
+
+
+def typo_of(key: str, entry: Entry) -> str:
+    """Return '"group"' if an ignored key may misspell a key that its line does not have, or ""."""
+    absent = [name for name in ("question", "question_id", "group", "split", "prompt") if name not in entry]
+    if "question" in entry and entry.keys().isdisjoint(ANSWER_KEYS):
+        absent += ANSWER_KEYS
+    return misspelled(key, absent, None).partition(" for ")[0]

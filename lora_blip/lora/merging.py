@@ -160,7 +160,9 @@ def check_sums(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
     for path, chosen in keys.items():
         linear = hooked[path]
         dtype, largest = linear.weight.dtype, torch.finfo(linear.weight.dtype).max
-        if bound_of(linear, chosen) < 0.99 * largest or math.isfinite(largest_of(summed(linear, chosen).to(dtype))):
+        if bound_of(linear, chosen) < 0.99 * min(largest, torch.finfo(torch.float32).max) or math.isfinite(
+            largest_of(summed(linear, chosen).to(dtype))
+        ):
             continue
         name = str(dtype).removeprefix("torch.")
         raise LoRAError(
@@ -170,14 +172,14 @@ def check_sums(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
 
 
 def bound_of(linear: Any, keys: frozenset[str]) -> float:
-    """Return a bound of the absolute values of W + Σ ΔW. It is infinite or NaN if a value of W, A or B is, and for DoRA.
+    """Return a bound of the absolute values of W + Σ ΔW, and of B A. It is infinite or NaN if a value is, and for DoRA.
 
-    An element of B A is a sum of r products, so |ΔW_ij| ≤ |alpha / r| · r · max |B| · max |A|.
+    An element of B A is a sum of r products, so |ΔW_ij| ≤ |alpha / r| · r · max |B| · max |A|. B A is computed in float32.
     """
     loras = [linear.lora[key] for key in keys]
     if any(type(lora) not in FUSED for lora in loras):
         return math.inf
-    updates = (abs(lora.scale) * lora.site.r * largest_of(lora.B) * largest_of(lora.A) for lora in loras)
+    updates = (max(1.0, abs(lora.scale)) * lora.site.r * largest_of(lora.B) * largest_of(lora.A) for lora in loras)
     return sum(updates, largest_of(original_of(linear)))
 
 

@@ -303,6 +303,32 @@ def test_a_question_s_key_on_a_tidy_caption_is_reported(folder, key):
     assert messages[:-1] == [f"{folder / 'x.jsonl'}: these keys are ignored: '{key}' (1 line, first line 1)"]
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("splt", "split"),
+        ("Split ", "split"),
+        ("grup", "group"),
+        ("promt", "prompt"),
+        ("qestion", "question"),
+        ("answer_type", ""),
+    ]
+    + [("questions_source", ""), ("caption_id", ""), ("image_id", ""), ("captions_en", ""), ("width", ""), ("groups_of", "")],
+)
+def test_the_report_of_an_ignored_key_has_the_key_that_it_may_misspell(folder, key, meant):
+    messages: list[str] = []
+    annotations.read(lines(folder / "x.jsonl", {"image": "a.png", "text": "t", key: "4"}), report=messages.append)
+    hint = f'; did you mean "{meant}"?' if meant else ""
+    assert messages[0] == f"{folder / 'x.jsonl'}: these keys are ignored: '{key}' (1 line, first line 1{hint})"
+
+
+def test_a_misspelled_answer_of_a_question_is_reported_with_the_right_key(folder):
+    """A question without an answer is read for a prediction. A training raises an error for it."""
+    messages: list[str] = []
+    annotations.read(lines(folder / "x.jsonl", {"image": "a.png", "question": "t?", "anwser": "4"}), report=messages.append)
+    assert "'anwser' (1 line, first line 1; did you mean \"answer\"?)" in messages[0]
+
+
 @pytest.mark.parametrize("number", [True, 4.5, [], {"a": 1}])
 def test_an_invalid_question_id_is_a_bad_line(folder, number):
     entry = {"image": "a.png", "question": "q", "answers": ["a"], "question_id": number}

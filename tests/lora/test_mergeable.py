@@ -509,6 +509,20 @@ def test_a_merged_weight_beyond_float16_is_refused_and_one_within_is_written(wri
             assert model[0].weight.item() == 1 and model[1].weight.item() == base
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
+def test_an_update_is_refused_if_only_its_product_overflows(dtype, write):
+    """B A is computed in float32, where it is infinite, although (alpha / r) · B A and the dtype of W could contain the sum."""
+    model = nn.Sequential(nn.Linear(1, 1)).to(dtype)
+    adapter = injection.inject(model, [Site("0", 1, 1e-30)])["0"]
+    adapter.A.data.fill_(1e30)
+    adapter.B.data.fill_(1e10)
+    before = model[0].weight.clone()
+    with pytest.raises(LoRAError, match="'0' would be NaN or beyond the largest float"):
+        write(model)
+    assert torch.equal(model[0].weight, before)
+
+
 def test_one_of_two_merged_adapters_is_not_ejected_if_the_other_overflows():
     """Ejecting one of two merged adapters writes W + ΔW of the other. `eject` checks it before it writes."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).half()
