@@ -139,6 +139,8 @@ def test_the_nearest_path_replaces_one_part(folder):
     assert nearest_path(folder / "Photo" / "0.png") == str(folder / "photos" / "0.png")
     assert nearest_path(folder / "Photo" / "1.png") == nearest_path(folder / "zebra") == nearest_path(folder / "photos") == ""
     assert nearest_path("photoz", ["a photo", "photos"]) == "photos"
+    assert nearest_path(folder / "photo.jsonl") == ""  # a file, and photos is a folder
+    assert nearest_path(folder / "photos.csv") == str(folder / "photos")
     assert nearest_path(folder / "annotations", folders=True) == ""
     assert nearest_path(folder / "Photo" / ("x" * 300)) == ""  # too long for a file name
 

@@ -97,8 +97,14 @@ def nearest_path(path: str | Path, others: Iterable[str] = (), folders: bool = F
     if missing:
         replaced = [Path(start, name, *missing[1:]) for name in _similar(missing[0], _names(start), 3)]
         present = os.path.isdir if folders else os.path.exists  # False for a name that is too long, unlike Path.exists
-        candidates = [str(each) for each in replaced if present(each)]
+        candidates = [str(each) for each in replaced if present(each) and not _is_other_kind(path, each)]
     return next(iter(candidates), "") or next(iter(_similar(str(path), list(others), 1)), "")
+
+
+def _is_other_kind(missing: str | Path, near: Path) -> bool:
+    """Return True for a missing file of images or texts and a folder whose name is similar, such as test.jsonl and tests."""
+    stem, suffix = os.path.splitext(os.path.basename(missing).casefold())  # noqa: PTH119, PTH122
+    return suffix in (*IMAGE_FILES, *TEXT_FILES) and near.name.casefold() != stem and near.is_dir()
 
 
 def _similar(name: str, names: Iterable[str], most: int) -> list[str]:

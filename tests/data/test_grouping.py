@@ -209,6 +209,10 @@ def test_group_by_without_an_effect_is_reported(tmp_path, capsys):
         assert f"group_by = 'video' has no effect: {reason}" in printed if reason else "no effect" not in printed
     prepare(PrepareConfig(source=str(tmp_path / "split.jsonl"), output_dir=str(tmp_path / "out"), group_by="video"))
     assert "group_by = 'video' has no effect: the data have splits of their own" in capsys.readouterr().out
+    prepare(PrepareConfig(source=str(tmp_path / "split.jsonl"), output_dir=str(tmp_path / "out2"), splits="0.5,0.5"))
+    assert "splits = '0.5,0.5' has no effect: the data have splits of their own" in capsys.readouterr().out
+    prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out3"), splits="0.5,0.5"))
+    assert "no effect" not in capsys.readouterr().out
 
 
 def test_a_regex_that_takes_years_is_one_error(monkeypatch):

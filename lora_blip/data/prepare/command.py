@@ -124,7 +124,10 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     refuse_faults(data, config.on_bad_data)
     data.groups.require_found()
     if split_of_image:
-        data.groups.note_unused("the data have splits of their own; to draw random ones, give --own-splits false")
+        reason = "the data have splits of their own; to draw random ones, give --own-splits false"
+        data.groups.note_unused(reason)
+        if config.splits != DEFAULT_SPLITS:
+            print(printable(f"splits = {config.splits!r} has no effect: {reason}"))
     split_of_image = split_of_image or random_splits(data, config.splits, config.seed)
     rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
     with phase(f"writing {counted(len(data.rows), 'line')} to {output}"):
