@@ -202,7 +202,7 @@ def _answer_key(rest: Entry, asking: str) -> str:
     return next((some[0] for some in (usual, may_answer) if len(some) == 1), "")
 
 
-def misspelled(key: str, absent: Sequence[str], value: object) -> str:
+def misspelled(key: str, absent: Sequence[str], value: object, least: float = SIMILAR) -> str:
     """Return which of the absent keys a key may misspell, as in "text" for 'txet', or "".
 
     A key that contains another word, such as answer_type, is not a misspelling. A key whose value is a text, such as
@@ -211,7 +211,7 @@ def misspelled(key: str, absent: Sequence[str], value: object) -> str:
     if key in (*TEXT_KEYS, *ANSWER_KEYS, "question"):
         return ""
     plain = plain_name(key).strip("_")
-    near = next(iter(difflib.get_close_matches(plain, absent, 1, SIMILAR)), "")
+    near = next(iter(difflib.get_close_matches(plain, absent, 1, least)), "")
     has_known_word = "_" in plain and plain != near and not set(absent).isdisjoint(plain.split("_"))
     is_longer = plain.startswith(near) and len(plain) > len(near) + 1
     is_text = isinstance(value, str) and near in TEXT_KEYS and not value.strip().isdigit()

@@ -90,7 +90,7 @@ class ExampleBuilder:
         self.prompts = 0  # number of lines with their own prompt
         self.splits: dict[Location, str] = {}  # line or entry → its split: train, val or test
         self.group_entries: dict[Location, Entry] = {}  # line or entry → {the column that gives its group: its value}
-        self.ignored: dict[str, tuple[int, Location, str]] = {}  # unused key → number of lines, first line, "write … for …"
+        self.ignored: dict[str, tuple[int, Location, str]] = {}  # unused key → number of lines, first line, right key or ""
 
     def build(self, entry: Entry | str, number: Location) -> Example | tuple[Location, str]:
         """Return an Example, or (location, reason) for an invalid entry. If `entry` is a text, it is the reason."""
@@ -126,7 +126,7 @@ class ExampleBuilder:
         used |= {"question", "question_id"} if is_question else set()
         for key in (key for key in entry if key not in used):
             if key in self.ignored or len(self.ignored) < MOST_KEYS:
-                count, first, typo = self.ignored.get(key) or (0, number, typo_of(key, entry))
+                count, first, typo = self.ignored.get(key) or (0, number, typo_of_answer(key, entry))
                 self.ignored[key] = count + 1, first, typo
 
     def _quick(self, entry: Entry, number: Location) -> Example | None:
@@ -208,9 +208,8 @@ def is_tidy(text: str) -> bool:
     return text.isprintable() and "  " not in text and text.strip() == text != ""
 
 
-def typo_of(key: str, entry: Entry) -> str:
-    """Return '"group"' if an ignored key may misspell a key that its line does not have, or ""."""
-    absent = [name for name in ("question", "question_id", "group", "split", "prompt") if name not in entry]
-    if "question" in entry and entry.keys().isdisjoint(ANSWER_KEYS):
-        absent += ANSWER_KEYS
-    return misspelled(key, absent, None).partition(" for ")[0]
+def typo_of_answer(key: str, entry: Entry) -> str:
+    """Return '"answer"' for an ignored key such as anwser in a question without an answer; otherwise return ""."""
+    if "question" not in entry or not entry.keys().isdisjoint(ANSWER_KEYS):
+        return ""
+    return misspelled(key, ANSWER_KEYS, entry[key], 0.8).partition(" for ")[0]

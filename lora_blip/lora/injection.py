@@ -17,13 +17,14 @@ from lora_blip.lora.attached import (
     check_unheld,
     clear_if_bare,
     detach,
+    has_adapters,
     model_of,
     share_routing,
 )
 from lora_blip.lora.attached import names as attached_names
 from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable, check_stored
-from lora_blip.lora.merging import fold_all, write_back
+from lora_blip.lora.merging import complete, fold_all, write_back
 from lora_blip.lora.model_lock import changing, related
 from lora_blip.lora.save_guard import guard
 from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, modules_of, name_of
@@ -134,9 +135,18 @@ def _check_start(model: nn.Module, name: str) -> None:
             )
 
 
+def _remove_keys(hooked: dict[str, Any], leaving: dict[str, set[str]], staying: dict[str, frozenset[str]]) -> None:
+    """Remove the adapters `leaving` of each linear. Put its original weight back if no merged adapter stays."""
+    for path, linear in hooked.items():
+        if has_adapters(linear):
+            if not staying[path]:
+                write_back(linear)
+            remove(linear, leaving[path])
+
+
 def remove(linear: Any, keys: Iterable[str]) -> None:
     """Remove adapters that are not merged from a linear, and our hooks if none is left."""
-    for key in keys:
+    for key in set(keys) & set(linear.lora):
         del linear.lora[key]
     if not linear.lora:
         detach(linear)
@@ -189,10 +199,7 @@ def _remove_from_all(model: nn.Module, name: str | None) -> None:
         if linear.lora.merged & leaving[path]:
             check_stored(path, linear)
     fold_all(hooked, refold)
-    for path, linear in hooked.items():
-        if linear.lora.merged & leaving[path]:
-            write_back(linear)
-        remove(linear, leaving[path])
+    complete(lambda: _remove_keys(hooked, leaving, staying))
     gone = {name_of(key) for keys in leaving.values() for key in keys}
     # `model` may be a part of a model, and a linear outside it may still have the adapter
     routing.dormant -= gone.difference(name for whole in related(model) for name in attached_names(whole))

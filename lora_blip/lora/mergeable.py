@@ -116,7 +116,8 @@ def _probe(linear: Any) -> Tensor:
 
 def largest_of(values: Tensor) -> float:
     """Return the largest absolute value; NaN if there is one. `aminmax` needs no other tensor of this size, as `abs` does."""
-    return float(torch.stack(torch.aminmax(values.detach())).abs().max()) if values.numel() else 0.0
+    smallest, largest = torch.aminmax(values.detach()) if values.numel() else (0.0, 0.0)  # both are NaN if a value is
+    return max(abs(float(smallest)), abs(float(largest)))
 
 
 # ---------------------------------------------------------------- memory that two tensors share

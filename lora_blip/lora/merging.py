@@ -1,7 +1,7 @@
 """Write the adapters into the weights, and back."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -67,19 +67,18 @@ def restore(model: nn.Module | Loaded) -> None:
     """
     model = model_of(model)
     with changing(model), share_routing(model).lock:
-        merged = {path: linear for path, linear in adapted_linears(model).items() if linear.lora.merged}
-        for path, linear in merged.items():
+        changed = {path: linear for path, linear in adapted_linears(model).items() if linear.lora.original is not None}
+        for path, linear in changed.items():
             check_stored(path, linear)
-        for linear in merged.values():
-            write_back(linear)
+        complete(lambda: write_back_all(changed))
 
 
 def bake(model: nn.Module | Loaded) -> None:
     """Merge all adapters and remove them, with their hooks and the original weights. The model is then a plain one.
 
     The adapters of a `Captioner` are removed without a merge. The captioner then raises LoRAError if it is used.
-    All sums are checked before a weight is changed, and no second copy of the weights is made. If the call is interrupted,
-    for example by Ctrl-C, it writes the remaining weights before it raises.
+    All sums are checked before a weight is changed, and no second copy of the weights is made. If the call is interrupted after
+    the first change, for example by Ctrl-C, it writes the remaining weights before it raises.
     Raise LoRAError as `merge` does. In peft: `merge_and_unload`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
@@ -93,29 +92,35 @@ def bake(model: nn.Module | Loaded) -> None:
         _require_adapters(model, keys)
         check_mergeable(model, keys)
         check_sums(hooked, keys)
-        left = dict(hooked)
         try:
-            bake_all(left, keys)
-        except BaseException:  # the adapter must not stay on some linears only
-            bake_all(left, keys)
-            raise
+            complete(lambda: bake_all(hooked, keys))
         finally:
             clear_if_bare(model)
 
 
-def bake_all(left: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
-    """Merge the adapters `keys` of each linear, and remove all its adapters. Remove a linear from `left` when it is done.
+def bake_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
+    """Merge the adapters `keys` of each linear, and remove all its adapters.
 
     A second call continues after an error: the original weight of a linear is kept until its adapters are removed, and `fold`
-    starts from it. So the outputs of the model are the same at any time.
+    starts from it.
     """
-    while left:
-        path, linear = next(iter(left.items()))
+    for path, linear in hooked.items():
         if has_adapters(linear):
             if path in keys:
                 fold(linear, keys[path])
             detach(linear)
-        del left[path]
+
+
+def complete(work: Callable[[], None]) -> None:
+    """Call `work`, and call it again if it raises, for example by Ctrl-C, so that all linears are changed or none. Then raise.
+
+    work: a change of all linears that starts at the first unchanged linear.
+    """
+    try:
+        work()
+    except BaseException:
+        work()
+        raise
 
 
 def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None:
@@ -146,23 +151,28 @@ def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
         for path, chosen in keys.items():
             fold(hooked[path], chosen)
     except BaseException:
-        for path, earlier in before.items():
-            fold(hooked[path], earlier) if earlier else write_back(hooked[path])
+        complete(lambda: put_back(hooked, before))
         raise
+
+
+def put_back(hooked: dict[str, Any], before: dict[str, frozenset[str]]) -> None:
+    """Merge the adapters of `before` again, or put the original weight back if there are none."""
+    for path, earlier in before.items():
+        fold(hooked[path], earlier) if earlier else write_back(hooked[path])
 
 
 @torch.no_grad()
 def check_sums(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
     """Raise LoRAError if a merged weight would not be finite in its dtype. Nothing is changed.
 
-    The sum is computed only if a bound of its largest value does not show that it is finite.
+    A bound of the values is computed first. The sum itself, which takes longer, is needed only if the bound is too large.
     """
     for path, chosen in keys.items():
         linear = hooked[path]
         dtype, largest = linear.weight.dtype, torch.finfo(linear.weight.dtype).max
-        if bound_of(linear, chosen) < 0.99 * min(largest, torch.finfo(torch.float32).max) or math.isfinite(
-            largest_of(summed(linear, chosen).to(dtype))
-        ):
+        if bound_of(linear, chosen) < 0.99 * min(largest, torch.finfo(torch.float32).max):
+            continue
+        if math.isfinite(largest_of(summed(linear, chosen).to(dtype))):
             continue
         name = str(dtype).removeprefix("torch.")
         raise LoRAError(
@@ -172,14 +182,16 @@ def check_sums(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
 
 
 def bound_of(linear: Any, keys: frozenset[str]) -> float:
-    """Return a bound of the absolute values of W + Σ ΔW, and of B A. It is infinite or NaN if a value is, and for DoRA.
+    """Return a bound of |W + Σ ΔW| and of |B A|, which is computed in float32. It is infinite for DoRA.
 
-    An element of B A is a sum of r products, so |ΔW_ij| ≤ |alpha / r| · r · max |B| · max |A|. B A is computed in float32.
+    An element of B A is a sum of r products, so it is at most r · max |B| · max |A|. If W, A or B contains infinity or NaN, the
+    bound is infinite or NaN.
     """
     loras = [linear.lora[key] for key in keys]
     if any(type(lora) not in FUSED for lora in loras):
         return math.inf
-    updates = (max(1.0, abs(lora.scale)) * lora.site.r * largest_of(lora.B) * largest_of(lora.A) for lora in loras)
+    # max(NaN, 1.0) is NaN in this order
+    updates = (max(abs(lora.scale), 1.0) * len(lora.A) * largest_of(lora.B) * largest_of(lora.A) for lora in loras)
     return sum(updates, largest_of(original_of(linear)))
 
 
@@ -188,24 +200,18 @@ def fold(linear: Any, keys: frozenset[str]) -> None:
     """Write original + Σ ΔW of `keys` into the weight, and keep the original."""
     stack: AdapterStack = linear.lora
     loras = [stack[key] for key in keys]
+    # one float32 sum, which needs no copy of W
     in_place = len(loras) == 1 and type(loras[0]) in FUSED and linear.weight.dtype == loras[0].A.dtype == torch.float32
-    merged = None if in_place else summed(linear, keys)
+    merged = cast(LoRA, loras[0]).delta_weight() if in_place else summed(linear, keys)
     if stack.original is None:
         stack.original = linear.weight.detach().clone()
     elif in_place:
         linear.weight.copy_(stack.original)
-    if merged is None:
-        add_in_place(linear.weight, cast(LoRA, loras[0]))
+    if in_place:
+        linear.weight.add_(merged)
     else:
         linear.weight.copy_(merged)
     stack.merged = frozenset(keys)
-
-
-def add_in_place(weight: Tensor, lora: LoRA) -> None:
-    """Write W + ΔW into W, in float32, without a matrix for ΔW."""
-    start, end = lora.padding
-    with torch.autocast(weight.device.type, enabled=False):
-        weight[start : len(weight) - end].addmm_(lora.B, lora.A, alpha=lora.scale)
 
 
 @torch.no_grad()
@@ -221,9 +227,15 @@ def summed(linear: Any, keys: frozenset[str]) -> Tensor:
     return total
 
 
+def write_back_all(hooked: dict[str, Any]) -> None:
+    """Put the original weights back."""
+    for linear in hooked.values():
+        write_back(linear)
+
+
 @torch.no_grad()
 def write_back(linear: Any) -> None:
-    """Put the original weight back, if an adapter is merged."""
+    """Put the original weight back, if one is kept."""
     if linear.lora.original is not None:
         linear.weight.copy_(linear.lora.original)
     linear.lora.original, linear.lora.merged = None, frozenset()

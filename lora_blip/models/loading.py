@@ -1,6 +1,5 @@
 """Load BLIP or BLIP-2 frozen, by hub name or folder, with its tokenizer and image processor."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -29,6 +28,7 @@ from lora_blip.lora.routing import checkpoint_context
 from lora_blip.models import quantized
 from lora_blip.models.base_config import check_config, check_sizes, skeleton_of, weight_shapes
 from lora_blip.models.bin_weights import with_safetensors
+from lora_blip.models.forked import restart_thread_pool
 from lora_blip.models.hub import fetch
 from lora_blip.models.image_size import check_size, fit_processor, own_size, resize_positions
 from lora_blip.models.library import Quiet, first_line
@@ -45,7 +45,6 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
     "blip": (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval),
     "blip-2": (Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval),
 }
-_IMPORTED_IN = os.getpid()
 UNREAD = {"output_attentions": False, "output_hidden_states": False, "chunk_size_feed_forward": 0}  # no effect on results
 
 
@@ -287,14 +286,3 @@ def _load_model(
     if width:
         quantized.finish(model, name, source, stored)
     return model
-
-
-def restart_thread_pool() -> None:
-    """Create PyTorch's thread pool again in the calling thread if this process was forked after our import.
-
-    After a fork, the first operation creates the pool, without a lock. transformers reads weights in several threads, and the
-    first operations of two threads at the same time may fail ("Invalid thread pool", ATen/ParallelOpenMP.cpp). This happens in
-    servers that import everything and then fork their workers (gunicorn's `preload_app`).
-    """
-    if os.getpid() != _IMPORTED_IN:
-        torch.set_num_threads(torch.get_num_threads())

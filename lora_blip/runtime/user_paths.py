@@ -102,9 +102,10 @@ def nearest_path(path: str | Path, others: Iterable[str] = (), folders: bool = F
 
 
 def _is_other_kind(missing: str | Path, near: Path) -> bool:
-    """Return True for a missing file of images or texts and a folder whose name is similar, such as test.jsonl and tests."""
+    """Return True for a missing file and a folder whose name is similar, such as test.jsonl and tests."""
     stem, suffix = os.path.splitext(os.path.basename(missing).casefold())  # noqa: PTH119, PTH122
-    return suffix in (*IMAGE_FILES, *TEXT_FILES) and near.name.casefold() != stem and near.is_dir()
+    is_file = suffix in (*IMAGE_FILES, *TEXT_FILES, ".parquet", ".ndjson", ".gz") and suffix != near.suffix.casefold()
+    return is_file and near.name.casefold() != stem and near.is_dir()
 
 
 def _similar(name: str, names: Iterable[str], most: int) -> list[str]:

@@ -126,7 +126,7 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     if split_of_image:
         reason = "the data have splits of their own; to draw random ones, give --own-splits false"
         data.groups.note_unused(reason)
-        if config.splits != DEFAULT_SPLITS:
+        if split_fractions(config.splits) != split_fractions(DEFAULT_SPLITS):
             print(printable(f"splits = {config.splits!r} has no effect: {reason}"))
     split_of_image = split_of_image or random_splits(data, config.splits, config.seed)
     rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
