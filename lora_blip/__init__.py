@@ -59,6 +59,8 @@ OF_PEFT = {  # name in peft → the call here
 if not TYPE_CHECKING:  # a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
+        if name.endswith("Error") and name not in EXPORTS and hasattr(errors := import_module("lora_blip.errors"), name):
+            return getattr(errors, name)
         if name not in EXPORTS:
             hint = f"; the equivalent here is lora_blip.{OF_PEFT[name]}" if name in OF_PEFT else ""
             raise AttributeError(f"module 'lora_blip' has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__])

@@ -292,4 +292,7 @@ class EvaluateConfig:
         share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens"})
         check_prediction(self)
         if not self.references:
-            raise ConfigError("references is empty; give the annotations file with the right texts: --references test.jsonl")
+            raise ConfigError(
+                "references is empty; give the annotations file with the right texts, such as "
+                "--references test.jsonl, or in Python EvaluateConfig(references='test.jsonl')"
+            )

@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 import lora_blip
+from lora_blip import errors
 from lora_blip.errors import AdapterError, ConfigError, InputError, LoRAError, ModelError, TargetError
 from lora_blip.lora import attached, targets
 from lora_blip.lora.sites import Site
 from lora_blip.models.local_base import locate_base
 from tests.support.api import ROOT, make_workplace
 
+FIXTURE = Path(__file__).parent / "fixtures/v1/adapters/caption_blip/lora_bs4_ep20_lr0.02_r2_a4_20261128_011018"
 NAMES = [name for name in lora_blip.__all__ if name != "__version__"]
 METHODS = ["from_adapter", "__call__", "answer", "rank", "stream"]
 
@@ -239,7 +242,24 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "an adapter for a model": (
         lambda _: lora_blip.merge("latest"), LoRAError,  # type: ignore[arg-type]
-        r"load it first: backbone = lora_blip\.load_backbone\('assets/tiny-blip'\)",
+        r"'latest' is an adapter: .*lora_blip\.load_adapter\(backbone, 'latest'\)",
+    ),
+    "a processor for a base that has one": (
+        lambda b: from_adapter(None, base=b, processor=object()), InputError, "a processor is given, but the base has its own",
+    ),
+    "a processor for a name": (
+        lambda _: from_adapter(None, base="assets/tiny-blip", processor="x"), InputError, "leave processor out",
+    ),
+    "a dict to train": (
+        lambda _: lora_blip.train({"lr": 0.1}), ConfigError,  # type: ignore[arg-type]
+        r"lora_blip\.train\(lora_blip\.TrainConfig\(\*\*settings\)\)",
+    ),
+    "settings of another call": (
+        lambda _: lora_blip.evaluate(lora_blip.InferConfig()), ConfigError,  # type: ignore[arg-type]
+        r"lora_blip\.evaluate\(lora_blip\.EvaluateConfig\(references='test\.jsonl'\)\)",
+    ),
+    "no references": (
+        lambda _: lora_blip.EvaluateConfig(), ConfigError, r"in Python EvaluateConfig\(references='test\.jsonl'\)",
     ),
     "targets first": (
         lambda b: lora_blip.find_targets("vit", b), LoRAError, r'swapped; call lora_blip\.find_targets\(backbone, "vit"\)',
@@ -320,6 +340,26 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no processor": (lambda backbone: from_adapter(None, base=backbone.model), InputError, "processor=transformers"),
     "another base": (lambda _: from_adapter(None, base=torch.nn.Linear(2, 2)), InputError, "base is of type Linear; give"),
 }  # fmt: skip
+
+
+def test_a_run_in_place_of_a_base_gives_the_calls_for_an_adapter(tmp_path):
+    """A run has a config.json too, with the settings of its training."""
+    run = tmp_path / "runs" / "caption_1"
+    shutil.copytree(FIXTURE, run)
+    for path in (run, run.parent, run / "adapter.safetensors"):
+        with pytest.raises(ModelError, match=r"is an adapter, and not a base.*Captioner\.from_adapter"):
+            lora_blip.load_backbone(str(path))
+        for call in (lora_blip.load_adapter, lora_blip.merge):
+            with pytest.raises(LoRAError, match=r"is an adapter: first load its base.* lora_blip\.load_adapter\(backbone, "):
+                call(str(path))  # type: ignore[operator]
+
+
+def test_every_error_of_the_package_can_be_imported_from_it():
+    """`except lora_blip.InputError` works. A name that is no error stays unknown."""
+    found = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(found) > 10 and all(getattr(lora_blip, name) is getattr(errors, name) for name in found)
+    with pytest.raises(AttributeError, match="has no attribute 'NoSuchError'"):
+        lora_blip.NoSuchError  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), WRONG.values(), ids=WRONG)

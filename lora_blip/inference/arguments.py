@@ -30,12 +30,17 @@ OTHERS = {  # how to get what the adapter does not do
 }
 
 
-def refuse_base(adapter: Any) -> None:
-    """Raise InputError if a loaded base is given as the adapter."""
+def refuse_base(adapter: Any, base: Any, processor: Any) -> None:
+    """Raise InputError if a loaded base is given as the adapter, or a processor with a base that has its own."""
     if isinstance(adapter, Loaded | nn.Module):
         raise InputError(
             f"the adapter is of type {type(adapter).__name__}, which is a base; "
             'call Captioner.from_adapter("latest", base=backbone), or Captioner.from_adapter(None, base=backbone)'
+        )
+    if processor is not None and not isinstance(base, nn.Module):
+        raise InputError(
+            "a processor is given, but the base has its own; leave processor out, or give a model of transformers: "
+            "Captioner.from_adapter(…, base=model, processor=processor)"
         )
 
 

@@ -109,7 +109,7 @@ class Captioner:
         >>> captioner.task
         'caption'
         """
-        refuse_base(adapter)
+        refuse_base(adapter, base, processor)
         base = "" if base is None else base
         is_name = isinstance(base, str | Path)
         if adapter is None and is_name and not str(base):

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import torch
 from torch import nn
 
 from lora_blip.config import InferConfig
@@ -20,8 +21,9 @@ from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.model_lock import changing, lock_of
 from lora_blip.lora.routing import use_adapters
 from lora_blip.lora.sites import quantization
+from lora_blip.models.forked import restart_thread_pool
 from lora_blip.models.loading import Backbone
-from lora_blip.models.precision import dtype_of
+from lora_blip.models.precision import DTYPES, dtype_of
 
 
 @dataclass(eq=False)
@@ -31,6 +33,7 @@ class SharedAdapter:
     name: str
 
 
+HALVES = ("fp16", "bf16")
 MERGED = (
     "an adapter is merged into the base that this captioner uses; call lora_blip.restore(backbone) first, or open the "
     "captioner on another base"
@@ -129,6 +132,12 @@ def check_settings(backbone: Backbone, config: InferConfig) -> None:
             f"base_dtype = {config.base_dtype!r}, but the loaded base is in {own}; leave base_dtype out, or load the base with "
             f"lora_blip.load_backbone(…, dtype={config.base_dtype!r})"
         )
+    weights = next(model.vision_model.parameters()).dtype
+    if config.precision in HALVES and weights not in (torch.float32, DTYPES[config.precision]):
+        raise InputError(
+            f"precision = {config.precision!r}, but the loaded base is in {str(weights).removeprefix('torch.')}; leave "
+            f"precision out, give precision='fp32', or load the base with load_backbone(…, dtype={config.precision!r})"
+        )
     if backbone.fast and not config.fast:
         raise InputError(
             "fast = False, but the loaded base uses the fast kernels; leave fast out, or load the base with "
@@ -142,6 +151,7 @@ LOCK = threading.Lock()
 
 def shared(model: nn.Module) -> SharedBase:
     """Return the `SharedBase` of a model. At the first call, wait until running changes have ended, then create it."""
+    restart_thread_pool()
     if model not in BASES:
         with changing(model):  # a change that is already running does not hold the lock that is created here
             pass

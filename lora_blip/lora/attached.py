@@ -20,6 +20,8 @@ from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
 from lora_blip.lora.sites import Site, modules_of, name_of
 from lora_blip.lora.variants import CLASSES, DoRA, original_of
+from lora_blip.runtime.runs import is_adapter, is_peft
+from lora_blip.runtime.untrusted import quoted
 
 FAST = "fast_update"  # name of an attribute of a model: True if its adapters may use `fused`
 
@@ -50,9 +52,19 @@ def model_of(model: nn.Module | Loaded, second: object = None, call: str = "") -
     if hasattr(model, "backbone"):
         hint = "; give captioner.backbone"
     elif isinstance(model, str | Path):
-        is_base = (Path(model) / "config.json").is_file() or ("/" in str(model) and not Path(model).exists())
-        hint = f"; load it first: backbone = lora_blip.load_backbone({str(model) if is_base else 'assets/tiny-blip'!r})"
+        hint = _hint_of_path(str(model))
     raise LoRAError(f"the first argument is of type {type(model).__name__}; give a backbone, or a model of transformers{hint}")
+
+
+def _hint_of_path(path: str) -> str:
+    """Return the calls that load the base or the adapter at a path, as the end of a message."""
+    if is_adapter(path) or is_peft(Path(path)):
+        return (
+            f"; {quoted(path)} is an adapter: first load its base, backbone = lora_blip.load_backbone(…), then call "
+            f"lora_blip.load_adapter(backbone, {quoted(path)}). Both at once: lora_blip.Captioner.from_adapter({quoted(path)})"
+        )
+    is_base = (Path(path) / "config.json").is_file() or ("/" in path and not Path(path).exists())
+    return f"; load it first: backbone = lora_blip.load_backbone({quoted(path if is_base else 'assets/tiny-blip')})"
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.errors import ModelError
-from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
+from lora_blip.runtime.runs import is_adapter
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted
 
@@ -54,10 +54,7 @@ def refuse_loaded(name: object) -> None:
 
 def refuse_adapter(name: str) -> None:
     """Raise ModelError if the name of a base is that of an adapter of lora_blip."""
-    folder = Path(name)
-    has_adapter = (folder / ADAPTER_NAME).is_file() or any(folder.glob(f"*/{ADAPTER_NAME}"))  # a run, or a folder of runs
-    is_run = has_adapter and not (folder / "config.json").exists()
-    if is_run or folder.name in (ADAPTER_NAME, BEST_NAME) or (name == "latest" and not folder.is_dir()):
+    if is_adapter(name):
         raise ModelError(
             f"{quoted(name)} is an adapter, and not a base. In Python, lora_blip.Captioner.from_adapter({quoted(name)}) loads "
             f"both; in commands and settings, give it as ADAPTER (--adapter {quoted_for_shell(name)})"

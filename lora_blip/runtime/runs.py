@@ -1,6 +1,7 @@
 """The names of runs and of the files in a run folder, and the search for an adapter."""
 
 import errno
+import json
 import os
 import re
 import stat
@@ -130,6 +131,22 @@ def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
 def is_run(folder: Path) -> bool:
     """Return True if a folder contains an adapter file of lora_blip."""
     return any((folder / name).is_file() for name in (ADAPTER_NAME, BEST_NAME))
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Return True for an adapter file of lora_blip, a run, a folder of runs, or "latest", and False for a base.
+
+    The config.json of a run has the settings of the training, and that of a base a `model_type`.
+    """
+    path = Path(name)
+    if path.name in (ADAPTER_NAME, BEST_NAME) or (str(name) == "latest" and not path.is_dir()):
+        return True
+    if not is_run(path) and not any(path.glob(f"*/{ADAPTER_NAME}")):
+        return False
+    try:
+        return "model_type" not in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return True
 
 
 def peft_weights(folder: Path) -> Path:

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, field, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -54,7 +54,9 @@ def settings_of(kind: Any) -> list[Field[Any]]:
 def require_settings(config: object, kind: type, call: str) -> None:
     """Raise ConfigError if a Python caller gives something other than the settings, such as a path."""
     if not isinstance(config, kind):
-        right = f"lora_blip.{call}(lora_blip.{kind.__name__}())"
+        given = "references='test.jsonl'" * (call == "evaluate")
+        given = "**settings" if isinstance(config, Mapping) else given  # a dict
+        right = f"lora_blip.{call}(lora_blip.{kind.__name__}({given}))"
         raise ConfigError(f"lora_blip.{call} expects {kind.__name__}, and not {type(config).__name__}: {right}")
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -680,6 +682,57 @@ def test_a_captioner_from_before_a_fork_raises_an_error_instead_of_waiting(workp
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert captioner("image_test/000.png").text
+
+
+POOL = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+import lora_blip
+
+torch.set_num_threads(2)
+
+def open_captioner():
+    global captioner
+    captioner = lora_blip.Captioner.from_adapter("adapter1", max_new_tokens=4)
+
+def caption(image):
+    return captioner(image).text
+
+if __name__ == "__main__":
+    open_captioner()
+    expected = caption("image_test/000.png")  # the threads of OpenMP now exist in this process
+    torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+    with ProcessPoolExecutor(2, initializer=open_captioner) as pool:
+        assert list(pool.map(caption, ["image_test/000.png"] * 4)) == [expected] * 4
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_captioner_opens_in_a_process_that_was_forked_after_another_one_was_used(workplace):
+    """The threads of OpenMP do not exist in the child, so it uses one thread, and reports it. Otherwise it waits forever."""
+    (workplace / "pool.py").write_text(POOL, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(lora_blip.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", "pool.py"]
+    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("note: this process was forked from one that had loaded a model") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "fp16", "bf16"])
+def test_a_precision_that_does_not_fit_a_loaded_base_is_an_error_before_the_first_prediction(dtype, precision):
+    backbone = load_backbone("assets/tiny-blip", "cpu")
+    backbone.model.to(dtype)
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    if wanted and dtype not in (torch.float32, wanted):
+        with pytest.raises(InputError, match=rf"precision = '{precision}', but the loaded base is in {str(dtype)[6:]}; leave"):
+            Captioner.from_adapter(None, base=backbone, precision=precision)
+    else:
+        captioner = Captioner.from_adapter(None, base=backbone, precision=precision, max_new_tokens=4)
+        assert captioner("image_test/000.png").text
 
 
 def test_nothing_is_printed_on_stdout(workplace, monkeypatch, capsys):
