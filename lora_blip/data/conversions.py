@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_blip.data.chats import answered, chat_entries, images_of, turns_of, without_image_token
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, LeftOut, Located, Location, first_key, several
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, LeftOut, Located, Location, first_key
+from lora_blip.data.several_texts import several
 
 PAIRS = (  # keys of a question and its answer
     ("prefix", "suffix"), ("query", "response"), ("query", "label"), ("instruction", "output"), ("prompt", "completion"),

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from unicodedata import category
 
@@ -279,16 +279,3 @@ def _take(entry: Entry, keys: Iterable[str], otherwise: Any = None) -> Any:
     """Remove the first of `keys` that the entry has, and return its value. Return `otherwise` if it has none."""
     key = first_key(entry, keys)
     return otherwise if key is None else entry.pop(key)
-
-
-def several(at: Location, entry: Entry) -> Iterator[Located]:
-    """Yield an entry for each text of a list of texts, such as {"image": …, "captions": ["a cat", "a black cat"]}."""
-    key = first_key(entry, TEXT_KEYS)
-    texts = entry[key] if key else None
-    if not key or not isinstance(texts, list) or not texts:
-        yield at, entry
-        return
-    rest = {name: value for name, value in entry.items() if name != key}
-    for text in texts:
-        inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
-        yield at, rest | {"text": text[inside] if inside else text}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_blip.data.conversions import converted, needs_conversion
-from lora_blip.data.entries import Located, Location, WrittenFloat, several
+from lora_blip.data.entries import Located, Location, WrittenFloat
 from lora_blip.data.json_repair import STRICT, corrected_reason
+from lora_blip.data.several_texts import numbered_names, several
 from lora_blip.runtime.untrusted import DEEPEST, open_regular, parsed, refuse_constant
 
 LONGEST = 2**20  # largest number of characters of a line; a line with a caption has about a hundred
@@ -125,7 +126,7 @@ def jsonl_entries(path: Path, longest: int = LONGEST, raw: bool = False) -> Iter
     longest: the largest number of characters of a line. raw: yield each object as it is, because its keys will be renamed.
     """
     convert: Callable[[Location, Any], Iterator[Located]] | None = None
-    is_first = True
+    is_first, is_numbered = True, False
     for number, line in numbered_lines(path, longest):
         if line is None:
             yield number, TOO_LONG
@@ -139,11 +140,12 @@ def jsonl_entries(path: Path, longest: int = LONGEST, raw: bool = False) -> Iter
             is_first = False
             is_ours = raw or (type(entry) is dict and entry.keys() <= OUR_KEYS and type(entry.get("image")) is str)
             convert = None if is_ours or not needs_conversion(entry) else converted
+            is_numbered = isinstance(entry, dict) and bool(numbered_names(list(entry), "question" in entry))
         if convert and isinstance(entry, dict | list):
             yield from convert(number, entry)
         elif not isinstance(entry, dict):
             yield number, f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}'
-        elif "[" in line and "question" not in entry and not raw:
+        elif (is_numbered or ("[" in line and "question" not in entry)) and not raw:
             yield from several(number, entry)
         else:
             yield number, entry

@@ -12,6 +12,7 @@ from pathlib import Path
 from lora_blip.data.columns import INTEGER, described, flags, meant
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located, plain_name
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
+from lora_blip.data.several_texts import numbered_names, several
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
@@ -68,13 +69,15 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
         yield number, reason
         return
     columns = _columns(path, number, header, below, keys)
-    count = len(header)
+    count, is_numbered = len(header), bool(numbered_names(columns, "question" in columns))
     for at, row in chain(first, rows):
         if isinstance(row, str):
             yield at, row
         elif len(row) != count:
             different = f"{counted(len(row), 'column')} but the header has {count}"
             yield at, f"{different}: put a text that contains the delimiter in quotes; got {quoted(' '.join(row)[:60])}"
+        elif at != number and is_numbered:
+            yield from several(at, _entry_of_row(columns, row))
         elif at != number:
             yield at, _entry_of_row(columns, row)
 
@@ -149,7 +152,8 @@ VIA_TABLE = "this is a table of VIA, whose texts are inside JSON; in VIA, export
 def is_header(cells: Iterable[str]) -> bool:
     """Return True if the cells contain a known name for the image, and one for the text or the question."""
     names = set(_names(list(cells)))
-    return bool(names.intersection(IMAGE_KEYS) and names.intersection((*TEXT_KEYS, "question")))
+    has_text = names.intersection((*TEXT_KEYS, "question")) or numbered_names([*names], False)
+    return bool(names.intersection(IMAGE_KEYS) and has_text)
 
 
 def _is_header_row(header: list[str], below: list[list[str]], needs_header: bool) -> bool:
@@ -178,7 +182,7 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
         if ours not in taken and first:
             result[result.index(first)] = ours
             taken.add(ours)
-    if "image" not in taken or not ("text" in taken or has_question):
+    if "image" not in taken or not ("text" in taken or has_question or numbered_names(result, False)):
         what = "image" if "image" not in taken else "text"
         if len(header) == 1:
             raise DataError(

@@ -13,6 +13,7 @@ from lora_blip.data.formats import CP1252, LONGEST, TOO_LONG, from_cp1252, open_
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
 from lora_blip.data.prepare.sidecars import TRIED, entry_of_sidecar, image_of, sidecar_of
+from lora_blip.data.prepare.split_names import splits_of_files
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
@@ -23,6 +24,7 @@ DEEPEST_FOLDER = 20  # largest number of levels of subfolders that are searched
 TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.xlsx", "*/*.csv", "*/*.json")  # files that may contain captions
 ONE_PER_LINE = 'if each line is a caption, write JSONL: {"image": "1.jpg", "captions": ["a cat", "a black cat"]}'
 TEMPLATE = "a photo of a {class}"
+GENERIC = ("images", "image", "imgs", "img", "photos", "pictures", "data", "jpg", "jpeg", "png", "frames")  # no classes
 CLASS, NAME = "{class}", "{name}"  # in a template: the name of the folder, and of the file
 PLACEHOLDER = re.compile(f"{CLASS}|{NAME}")
 REPEATS, NUMBER = re.compile(r"\d+_(?=.)"), re.compile(r"(?<=.)_\d+$")
@@ -76,6 +78,12 @@ class Layout:
         """Return True if each image is in a subfolder."""
         return bool(self.images) and all("/" in image for image in self.images)
 
+    @property
+    def classes(self) -> set[str]:
+        """Return the names of the folders of the images that may be classes, and not splits or "images"."""
+        names = {Path(image).parent.name for image in self.images}
+        return {name for name in names if name.lower() not in (*SPLITS, *GENERIC)}
+
 
 def known_files(folder: Path, requested: str) -> dict[str, list[Path]]:
     """Return {format: the files of a folder with the format's known names}. requested: "auto", or the only format to return."""
@@ -90,10 +98,22 @@ def known_files(folder: Path, requested: str) -> dict[str, list[Path]]:
     return files
 
 
+def _text_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that may contain texts."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in paths if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
+    return [path for path in files if path.name not in NOT_ANNOTATIONS and not path.name.startswith(".")]
+
+
 def lone_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that may contain texts, whatever their names. VQAv2's two files count as one."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in TEXT_SUFFIXES and path.is_file())
-    files = [path for path in files if path.name not in NOT_ANNOTATIONS and not path.name.startswith(".")]
+    """Return the files of a folder that may contain texts, whatever their names. VQAv2's two files count as one.
+
+    If the folder has none, return those in its subfolders train/, val/ and test/ whose paths differ only in the split.
+    """
+    files = _text_files(folder)
+    if not files:  # a file in each of train/, val/ and test/
+        files = [path for below in sorted(folder.iterdir()) if below.name.lower() in SPLITS for path in _text_files(below)]
+        return files if splits_of_files(files) else []
     is_pair = [path.name.lower() for path in files] == ["annotations.json", "questions.json"]
     return files[:1] if is_pair else [path for path in files if not path.name.endswith("_stats.json")]  # of img2dataset
 
@@ -196,6 +216,25 @@ def class_entries(layout: Layout, template: str) -> Iterator[Located]:
         yield image, {"image": image, "text": text} | ({"split": split} if split else {})
 
 
+def _table_advice(folder: Path, flag: str) -> str:
+    """Return the flag for a file in or beside a folder that may contain the captions of its images, or "".
+
+    Files that differ only in their split are given together. A file of a test or validation split comes last.
+    """
+    inside = sorted(path for pattern in TABLES for path in folder.glob(pattern))
+    beside = sorted(path for pattern in TABLES if "/" not in pattern for path in folder.parent.glob(pattern))
+    tables = [path for path in inside or beside if path.is_file()]
+    if not tables:
+        return ""
+    splits = splits_of_files(tables)
+    if splits:
+        files = ",".join(map(str, sorted(tables, key=lambda path: (splits[path] != "train", path))))
+        return f"; if these files contain the captions: {flag} {quote(files)}"
+    held_out = re.compile(r"val|test|dev|eval", re.IGNORECASE)
+    table = min(tables, key=lambda path: (bool(held_out.search(path.name + path.parent.name)), path))
+    return f"; if {printable(str(table))} contains the captions: {flag} {quote(str(table))}"
+
+
 def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
     """Raise DataError if the images have no captions and there is no usable template. flag: the flag that gives the source."""
     folder, first = layout.folder, layout.images[0]
@@ -203,16 +242,13 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
     if template and (NAME in template or (layout.class_folders if CLASS in template else one_folder)):
         return
     prepare = f'lora-blip prepare --source "{folder}"'
-    tables = sorted(path for pattern in TABLES for path in folder.glob(pattern))
-    beside = sorted(path for pattern in TABLES if "/" not in pattern for path in folder.parent.glob(pattern))
-    tables = tables or [path for path in beside if path.is_file()]
-    table_advice = f"; if {tables[0]} contains the captions: {flag} {tables[0]}" if tables else ""
+    table_advice = _table_advice(folder, flag)
     if template and layout.class_folders:
         raise DataError(
             f"template = {template!r}: the images are in several folders and would all have this caption; give a template with "
             f'{CLASS}, the name of the folder, or {NAME}, the name of the file: --template "{TEMPLATE}"'
         )
-    if not layout.class_folders or one_folder:
+    if not layout.class_folders or one_folder or not (template or layout.classes):
         name, sks = (f'{prepare} --template "{each}"' for each in (NAME, "a photo of sks dog"))
         raise DataError(
             f"{folder} has {counted(len(layout.images), 'image')} without captions; write each caption to a text file next "
@@ -222,6 +258,7 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
             f"cd {quote(str(folder))} && exiftool -csv -r -Description . > captions.csv"
         )
     if not template:
+        first = next(image for image in layout.images if Path(image).parent.name in layout.classes)
         name = first.split("/")[-2].replace("_", " ")
         raise DataError(
             f"{folder} has {counted(len(layout.images), 'image')} in class folders, without captions; make captions from the "

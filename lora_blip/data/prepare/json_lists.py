@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.conversions import converted, needs_conversion
-from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Located, several
+from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Located
+from lora_blip.data.several_texts import several
 from lora_blip.data.tables import IMAGE_NAME
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import quoted, shorten
@@ -34,8 +35,7 @@ def json_entries(path: Path, document: Any, raw: bool = False) -> Iterator[Locat
                 yield at, f"expected an object {{…}}, got {quoted(entry)}"
                 continue
             one: Any = split | entry if split and isinstance(entry, dict) else entry
-            is_entry = raw or (not convert and "question" in one)
-            yield from [(at, one)] if is_entry else converted(at, one) if convert else several(at, one)
+            yield from [(at, one)] if raw else converted(at, one) if convert else several(at, one)
 
 
 def is_json_list(document: Any) -> bool:

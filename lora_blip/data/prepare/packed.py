@@ -27,6 +27,7 @@ from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
 from lora_blip.data.images import LARGEST_FILE, is_picture
 from lora_blip.data.prepare.parquet_reader import ADDRESSES, COLUMNS, UNWRITABLE
 from lora_blip.data.prepare.web_addresses import refusal
+from lora_blip.data.several_texts import gathered
 from lora_blip.data.shards import StrictTarInfo
 from lora_blip.errors import DataError, FileError
 from lora_blip.runtime.counts import counted
@@ -159,6 +160,7 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
     if needs_conversion(entry):
         yield from converted(at, entry)
         return
+    entry = gathered(entry)
     name = next((key for key in TEXT_KEYS if key in entry), "")
     texts = entry.get(name)
     if "question" in entry or (not isinstance(texts, list) and name in TEXT_KEYS):

@@ -11,7 +11,7 @@ from typing import Any
 from lora_blip.data import formats
 from lora_blip.data.columns import key_flag, renamed
 from lora_blip.data.conversions import converted, needs_conversion
-from lora_blip.data.entries import SPLITS, Located, several
+from lora_blip.data.entries import SPLITS, Located
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.detection import DOCUMENTS, LINES, TABLES, load
@@ -28,6 +28,7 @@ from lora_blip.data.prepare.inline_images import LONGEST, unpacked
 from lora_blip.data.prepare.packed import PACKED, packed_files, refuse_packed, split_of
 from lora_blip.data.prepare.published import YEAR
 from lora_blip.data.prepare.split_names import splits_of_files, with_folder_splits, without_split
+from lora_blip.data.several_texts import several
 from lora_blip.data.summary import source_line
 from lora_blip.data.tables import table_delimiter
 from lora_blip.errors import DataError
@@ -206,9 +207,7 @@ def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Itera
         if not isinstance(entry, dict):
             yield at, entry
             continue
-        yield from (
-            converted(at, entry) if needs_conversion(entry) else [(at, entry)] if "question" in entry else several(at, entry)
-        )
+        yield from (converted(at, entry) if needs_conversion(entry) else several(at, entry))
 
 
 def _exists(path: Path) -> bool:

@@ -1,0 +1,59 @@
+"""Read several captions of one line: a list, or numbered columns or keys, such as caption_1 to caption_5."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from lora_blip.data.entries import ANSWER_KEYS, TEXT_KEYS, Entry, Located, Location, first_key, plain_name
+
+NUMBERED = re.compile(r"(.+?)_?\d{1,3}")
+TEXTS = tuple(key for key in TEXT_KEYS if key != "prompt")
+
+
+def several(at: Location, entry: Entry) -> Iterator[Located]:
+    """Yield an entry for each text of a list of texts, such as {"image": …, "captions": ["a cat", "a black cat"]}.
+
+    Numbered texts, such as caption_1 and caption_2, are such a list. Numbered answers of a question become its list of answers.
+    """
+    entry = gathered(entry)
+    key = first_key(entry, TEXT_KEYS)
+    texts = entry[key] if key else None
+    if "question" in entry or not key or not isinstance(texts, list) or not texts:
+        yield at, entry
+        return
+    rest = {name: value for name, value in entry.items() if name != key}
+    for text in texts:
+        inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
+        yield at, rest | {"text": text[inside] if inside else text}
+
+
+def numbered(names: Iterable[str], known: Sequence[str]) -> list[str]:
+    """Return the names that are a known name with a number, in their order: caption_1 and caption_2, or "Caption 1", ….
+
+    Return [] if there are fewer than two, or if they number several known names.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if (match := NUMBERED.fullmatch(plain_name(name))) and match[1] in known:
+            found.setdefault(match[1], []).append(name)
+    several = [group for group in found.values() if len(group) > 1]
+    return several[0] if len(several) == 1 else []
+
+
+def numbered_names(names: Sequence[str], with_question: bool) -> list[str]:
+    """Return the names of numbered answers, or of numbered texts, if no other name is one of an answer or of a text."""
+    known, kind = (ANSWER_KEYS, ANSWER_KEYS) if with_question else (TEXT_KEYS, TEXTS)
+    return numbered(names, kind) if set(known).isdisjoint(names) else []
+
+
+def gathered(entry: Entry) -> Entry:
+    """Return an entry with one list in place of numbered keys: {"texts": ["a", "b"]} for {"caption_1": "a", "caption_2": "b"}.
+
+    Empty values are left out. Other entries are returned unchanged.
+    """
+    asks = "question" in entry
+    names = numbered_names(list(entry), asks)
+    if not names:
+        return entry
+    rest = {key: value for key, value in entry.items() if key not in names}
+    values = [entry[name] for name in names if entry[name] is not None and str(entry[name]).strip()]
+    return rest | {"answers" if asks else "texts": values or [""]}

@@ -1,0 +1,113 @@
+"""Several captions or answers of one line: numbered columns and keys, in every format."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from lora_blip.data import annotations
+from lora_blip.data.formats import Keys
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.data.several_texts import gathered
+
+ROWS: list[dict[str, Any]] = [
+    {"image": "0.png", "caption_1": "a red cube", "caption_2": "a cube, red", "caption_3": "", "width": 4},
+    {"image": "1.png", "caption_1": "a ball", "caption_2": "a blue ball", "caption_3": "one ball", "width": 4},
+]
+TEXTS = [
+    ("0.png", "a red cube"),
+    ("0.png", "a cube, red"),
+    ("1.png", "a ball"),
+    ("1.png", "a blue ball"),
+    ("1.png", "one ball"),
+]
+
+
+def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as a file of this kind, and return its path."""
+    path = folder / f"captions.{kind}"
+    if kind in ("csv", "tsv"):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif kind == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == "xlsx":
+        workbook = openpyxl.Workbook()
+        for row in (list(rows[0]), *(list(row.values()) for row in rows)):
+            workbook.active.append(row)
+        workbook.save(path)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (8, 8), (9 * int(name[0]), 0, 0)).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", ["caption_{}", "Caption {}", "caption{}", "text-{}", "sentence_0{}"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "xlsx"])
+def test_numbered_columns_are_several_captions_and_empty_cells_are_left_out(folder, kind, names):
+    rows = [{key.replace("caption_", "#"): value for key, value in row.items()} for row in ROWS]
+    rows = [{names.format(key[1:]) if key[0] == "#" else key: value for key, value in row.items()} for row in rows]
+    messages: list[str] = []
+    examples = annotations.read(written(folder, kind, rows), report=messages.append)[0]
+    assert [(example.name, example.text) for example in examples] == TEXTS
+    assert "these keys are ignored: 'width' (5 lines, first line " in messages[0] and messages[0].count("first line") == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "xlsx", "parquet"])
+def test_prepare_writes_a_line_for_each_numbered_caption(folder, kind):
+    rows = [row | {"image": str(folder / row["image"])} for row in ROWS] if kind == "parquet" else ROWS
+    source = written(folder, kind, rows)
+    files = prepare(PrepareConfig(source=str(source), images=str(folder), output_dir=str(folder / "out"), splits="1"))
+    lines = [json.loads(line) for line in files["train"].read_text(encoding="utf-8").splitlines()]
+    assert [(Path(line["image"]).name, line["text"]) for line in lines] == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "xlsx"])
+def test_numbered_answers_of_a_question_are_its_answers(folder, kind):
+    rows = [{"image": "0.png", "question": "color?", "answer_1": "red", "answer_2": "dark red", "answer_3": ""}]
+    (example,) = annotations.read(written(folder, kind, rows))[0]
+    assert example.question == "color?" and example.answers == ("red", "dark red")
+
+
+def test_a_row_without_any_of_the_numbered_texts_is_an_error(folder):
+    rows = [*ROWS, {"image": "1.png", "caption_1": "", "caption_2": " ", "caption_3": "", "width": 4}]
+    with pytest.raises(Exception, match=r"captions\.csv:4: the text is empty"):
+        annotations.read(written(folder, "csv", rows))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "xlsx"])
+def test_a_column_that_the_user_names_is_the_only_caption(folder, kind):
+    examples = annotations.read(written(folder, kind, ROWS), keys=Keys(text="caption_2"))[0]
+    assert [example.text for example in examples] == ["a cube, red", "a blue ball"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"image": "a", "caption": "b", "caption_2": "c", "caption_3": "d"},  # one column has the usual name
+        {"image": "a", "caption_1": "b"},
+        {"image": "a", "caption_1": "b", "caption_2": "c", "text_1": "d", "text_2": "e"},  # which of the two?
+        {"image": "a", "layer_1": "b", "layer_2": "c"},
+        {"image": "a", "question": "b", "answer": "c", "answer_1": "d", "answer_2": "e"},
+        {"image": "a", "caption_en": "b", "caption_de": "c"},
+        {"image": "a", "prompt_1": "b", "prompt_2": "c"},
+    ],
+)
+def test_other_entries_are_unchanged(entry):
+    assert gathered(entry) == entry
