@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
@@ -26,6 +29,8 @@ REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retriev
 READING = ("image_root", "on_bad_data", "image_key", "text_key", "question_key", "answer_key")  # settings that evaluate has too
 ROOT = "--image-root"
 TABLES = (".csv", ".tsv")  # text files whose header is read
+FIRST_LINES = 200  # lines of a file that are searched for training images
+WRITTEN_PATH = re.compile(r"[^\",;\t|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif|heic)(?=[\",;\t|]|$)", re.IGNORECASE)
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
@@ -73,34 +78,42 @@ def evaluate_line(
 ) -> str:
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
-    The references are the first of these files that exists: the validation file; test.jsonl or val.jsonl beside the
-    annotations, if it fits the task; a table with the suffix of the annotations, such as test.csv; for the demo's training
-    images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl.
-    examples: the training lines. reading: the result of `reading_flags`, for val_annotations.
+    The references are the first of these files that exists: test.jsonl beside the annotations, if it fits the task and does
+    not contain the training images; the validation file; val.jsonl; a table with the suffix of the annotations, such as
+    test.csv; for the demo's training images, the file of the task in image_test. If none exists, the line asks the user to
+    write test.jsonl. examples: the training lines. reading: the result of `reading_flags`, for val_annotations.
     """
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
     candidates = [source.parent / f"{name}{suffix}" for suffix in suffixes for name in ("test", "val")]
     if source.is_dir() and _are_of_train(examples, source):
         candidates[:0] = [source / f"{name}{suffix}" for suffix in (".jsonl", *TABLES, "") for name in ("test", "val")]
-    for demo in (source.parent / TRAINING_IMAGES, source.parent):  # the annotations are beside the images, or among them
+    for trained in {Path(example.source) for example in examples} if source.is_dir() else ():
+        if SPLITS.get(trained.parent.name.lower()) == "train":  # train/captions.csv
+            candidates[:0] = [trained.parent.with_name(name) / trained.name for name in ("test", "val")]
+    if val_annotations:  # its images chose the best weights
+        candidates = [path for path in candidates if "test" in (path.stem, path.parent.name)]
+    demos = () if val_annotations else (source.parent / TRAINING_IMAGES, source.parent)
+    for demo in demos:  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     others = [path for path in candidates if path != source and (path.is_file() or next(path.rglob("*.txt"), None))]
     asks = task == "vqa"
-    existing = [path for path in others if _asks(path) == asks or ("--question-key" in reading and _has_columns(path, reading))]
-    references = val_annotations or str(existing[0] if existing else "test.jsonl")
+    fitting = [path for path in others if _asks(path) == asks or ("--question-key" in reading and _has_columns(path, reading))]
+    root = Path(reading[reading.index(ROOT) + 1]) if ROOT in reading else None
+    existing = next((path for path in fitting if not _has_images_of(path, examples, root)), None)
+    references = str(existing) if existing else val_annotations or "test.jsonl"
     flags = reading  # the training has read the validation file with these flags; the user writes the same columns
-    if not val_annotations and existing and not _has_columns(existing[0], reading):
-        same_images = ROOT in reading and existing[0].parent in (source, source.parent)
-        flags = reading[reading.index(ROOT) :][:2] if same_images else []
+    if existing and not _has_columns(existing, reading):
+        same_images = root and existing.parent in (source, source.parent) and not _has_own_images(existing)
+        flags = [ROOT, str(root)] if same_images else []
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     missing = (
         ""
-        if val_annotations or existing
+        if existing or val_annotations
         else f" (write their images and {'questions with answers' if task == 'vqa' else 'texts'} to test.jsonl first)"
     )
-    images = "the validation images" if val_annotations else "images that training has not used"
+    images = "the validation images" if val_annotations and not existing else "images that training has not used"
     return printable(f"to score it on {images}{missing}: {command}")
 
 
@@ -122,6 +135,25 @@ def _asks(path: Path) -> bool:
         first = parsed(line)
         return isinstance(first, dict) and "question" in first
     return False
+
+
+def _images_of(path: Path) -> list[str]:
+    """Return the paths of images in the first lines of a text file, as they are written."""
+    with suppress(OSError, ValueError), path.open(encoding="utf-8-sig") as lines:
+        return [name.strip() for line in islice(lines, FIRST_LINES) for name in WRITTEN_PATH.findall(line[:LONGEST])]
+    return []
+
+
+def _has_images_of(path: Path, examples: list[Example], root: Path | None) -> bool:
+    """Return True if the first lines of a file contain the path of a training image, relative to its folder or to `root`."""
+    roots = [path.parent, *([root] if root else [])]
+    names = {os.path.abspath(each / name) for name in _images_of(path) for each in roots}  # noqa: PTH100 — no links resolved
+    return bool(names) and any(os.path.abspath(example.file) in names for example in examples)  # noqa: PTH100
+
+
+def _has_own_images(path: Path) -> bool:
+    """Return True if the first image of a file exists relative to the folder of the file."""
+    return any((path.parent / name).is_file() for name in _images_of(path)[:1])
 
 
 def _are_of_train(examples: list[Example], folder: Path) -> bool:

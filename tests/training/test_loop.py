@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -458,6 +459,43 @@ def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
         assert summary.next_command("caption", tmp_path / "a run", [example]) == command + flag
 
 
+def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, monkeypatch):
+    """A test file with training images is not named. One that was found needs no --image-root if it has its own paths."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lora-blip"])
+    run, test, root = tmp_path / "run", tmp_path / "test.csv", ["--image-root", "photos"]
+    examples = [example_of(str(tmp_path / "photos" / f"{n}.png")) for n in range(3)]
+    of = partial(summary.evaluate_line, "caption", run, str(tmp_path / "train.csv"))
+    for text, names_it in (
+        ("image,text\nphotos/7.png,a\nphotos/1.png,b\n", False),
+        ("image,text\nphotos/7.png,a\nphotos/11.png,b\n", True),
+        ('image;text\n"photos/../photos/2.png";a\n', False),
+        (f"image\ttext\n{tmp_path}/photos/0.png\ta\n", False),
+        ("image,text\n1.png,a\n", True),  # another folder
+    ):
+        test.write_text(text)
+        assert ("--references test.jsonl" not in of("", examples)) is names_it
+        assert of("", examples).startswith("to score it on images that training has not used")
+    assert "test.jsonl first" in of("", examples, root)  # relative to photos, it is the image of the training
+    test.write_text("image,text\n9.png,a\n")
+    assert of("", examples, root).endswith(f"{test} --image-root photos")
+    (tmp_path / "9.png").touch()
+    assert of("", examples, root).endswith(f"--references {test}")
+    assert of("val.csv", examples).endswith(f"training has not used: lora-blip evaluate --adapter run --references {test}")
+    test.unlink()
+    assert of("val.csv", examples).startswith("to score it on the validation images: ")
+
+
+def test_a_training_on_split_folders_names_the_file_of_the_test_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "captions.csv").write_text("image,text\n1.png,a\n")
+    example = replace(example_of(str(tmp_path / "train/1.png")), source=str(tmp_path / "train/captions.csv"))
+    line = summary.evaluate_line("caption", tmp_path / "run", str(tmp_path), "", [example])
+    assert line.endswith(f"--references {tmp_path / 'test/captions.csv'}")
+
+
 def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypatch):
     """The references are VAL_ANNOTATIONS, a file of `prepare`, or that of image_test. Without them, a file is to be written."""
     monkeypatch.chdir(tmp_path)
@@ -465,6 +503,7 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     run, lines = tmp_path / "run", str(tmp_path / "train.jsonl")
     start, command = "to score it on images that training has not used", ": lora-blip evaluate --adapter run --references "
     demo = [example_of(str(tmp_path / "image_train" / "1.png"))]
+    assert summary.evaluate_line("vqa", run, lines, "b.csv", demo).startswith("to score it on the validation images: ")
     write_first = " (write their images and texts to test.jsonl first)"
     write_answers = " (write their images and questions with answers to test.jsonl first)"
     assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{write_answers}{command}test.jsonl"
