@@ -179,7 +179,7 @@ show(figure, "start")
 # ## What to remember
 #
 # - $B = 0$: the first prediction of an adapted model is that of the base, bit for bit.
-# - At step 0, only the gradient of $B$ is not zero. If both matrices are zero, nothing is learned.
+# - With $B = 0$, only the gradient of $B$ is not zero at step 0. If both matrices are zero, nothing is learned.
 # - If both are random, the adapted model differs from the base before the first step. Here it is worse.
 #
 # ## Sources

@@ -89,8 +89,8 @@ assert exact(base, flat)[0] > 0.95 and exact(base, test)[0] < 0.05
 # $$\text{for LoRA}\quad \Delta W = \frac{\alpha}{r} B A.$$
 #
 # (`bake` adds ΔW to W₀ and removes the adapter. Lesson 7 checks this sum.) Each method has its own peak learning rates η (with warm-up
-# and a fall to nearly zero; gradients are clipped to norm 1). LoRA: 0.001, 0.003, 0.01. Full: 0.0001, 0.0003. With 0.01, the score on the cubes differs much between runs. With the other rates, both methods
-# learn the cubes. During the training we measure the scores.
+# and a fall to nearly zero; gradients are clipped to norm 1). LoRA: 0.001, 0.003, 0.01. Full: 0.0001, 0.0003. LoRA with η = 0.01 is not stable: its score on the cubes differs much between runs. In the other four
+# runs, the cubes are learned. During the training we measure the scores.
 
 
 # %%
@@ -143,12 +143,12 @@ for run in RUNS:
 #   steps, every run of full fine-tuning keeps more flat shapes than every run of LoRA. (The test
 #   images choose this step, for both methods in the same way.) But these steps are not equally good on the cubes: with only five measured steps, their
 #   scores can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
-#   It is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Shuttleworth
+#   This result is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Shuttleworth
 #   et al. (below) also find that LoRA forgets less. Do not generalize
 #   from this tiny model.
 # - A larger learning rate forgets more, until nearly no flat shape is right. With η = 0.01, LoRA also damages the other words. Its score
-#   on the cubes is not stable either: 61 %, 54 % and 20 % with the three seeds, and from 9 % to 94 % in runs that round differently
-#   (not in `lessons/spread.md`).
+#   on the cubes is not stable either: 61 %, 54 % and 20 % with the three seeds of `lessons/spread.md`. On other machines, which round differently, we
+#   saw scores from 5 % to 94 %.
 
 # %%
 end = {run: dict(zip(("cubes", "flat", "without nouns"), scores[run][-1, 1:].tolist(), strict=True)) for run in RUNS}

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.setting_checks import check_prediction, check_training
-from lora_blip.runtime.settings import Options, check, setting, share_options
+from lora_blip.runtime.settings import Options, check, require, setting, share_options
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 BaseDtype = Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"]
@@ -152,6 +152,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        require(bool(self.output_dir), "output_dir", self.output_dir, 'a folder, such as "lora_blip_output"')
         share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens"})
         check_training(self)
 

@@ -203,6 +203,8 @@ def main() -> None:
     if subprocess.run(command, check=False).returncode:
         sys.exit("The site has the problems that are listed above. Fix them in the pages, lessons or docstrings.")
     print(f"site: {(BUILD / 'html' / 'index.html').as_uri()}\nnotebooks for Colab: {NOTEBOOKS}")
+    if "/OWNER/" in REPOSITORY:
+        print("the notebooks have no address of a repository; for Colab: make docs REPOSITORY=https://…")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_blip.data.conversions import converted, needs_conversion
-from lora_blip.data.entries import Located, Location, WrittenFloat
+from lora_blip.data.entries import ANSWER_KEYS, TEXT_KEYS, Located, Location, WrittenFloat
 from lora_blip.data.json_repair import STRICT, corrected_reason
 from lora_blip.data.several_texts import numbered_names, several
 from lora_blip.runtime.untrusted import DEEPEST, open_regular, parsed, refuse_constant
@@ -140,7 +140,8 @@ def jsonl_entries(path: Path, longest: int = LONGEST, raw: bool = False) -> Iter
             is_first = False
             is_ours = raw or (type(entry) is dict and entry.keys() <= OUR_KEYS and type(entry.get("image")) is str)
             convert = None if is_ours or not needs_conversion(entry) else converted
-            is_numbered = isinstance(entry, dict) and bool(numbered_names(list(entry), "question" in entry))
+            is_unknown = isinstance(entry, dict) and entry.keys().isdisjoint((*TEXT_KEYS, *ANSWER_KEYS))
+            is_numbered = is_unknown and bool(numbered_names(list(entry), "question" in entry))
         if convert and isinstance(entry, dict | list):
             yield from convert(number, entry)
         elif not isinstance(entry, dict):

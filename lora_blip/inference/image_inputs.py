@@ -132,6 +132,7 @@ def check_input(image: Any, name: str) -> str:
         return name
     if not isinstance(image, SINGLE):
         fix = "; give a list of its images: list(images.values())" if isinstance(image, Mapping) else ""
+        fix = "; give one list of images, without lists inside" if isinstance(image, list | tuple) else fix
         raise InputError(f"{name} is of type {type(image).__name__}; expected {ACCEPTED}{fix}")
     if isinstance(image, np.ndarray | Tensor):
         _check_shape(image, name)

@@ -10,7 +10,7 @@ LONGEST_NAME = 64  # characters of a module's name; a longer one loses its start
 EXTREMES = 3  # modules with the largest updates, and with the smallest, that are printed without --all
 READING = "eff. rank: how many of the r directions are used · more in docs/inspect.md"
 READING_BASE = "‖ΔW‖/‖W‖: how much the weight changes · intruders: of 10 directions, how many the base does not have · "
-READING_PAIRS = "1: both adapters read the same directions of the input; “by chance”: of two random A · more in docs/inspect.md"
+READING_PAIRS = "1: both adapters read the same directions of the input; “by chance”: of two random A · docs/inspect.md (φ)"
 
 
 def printed(inspection: Inspection, every_module: bool = False) -> str:
@@ -106,9 +106,9 @@ def similarity_table(inspection: Inspection, every_module: bool = False) -> list
     """Return lines of the modules that both adapters have, as `shortened_rows`, and the others."""
     names = [shortened(pair.address) for pair in inspection.pairs]
     width = max(34, *(len(name) + 2 for name in names), 0)
-    head = f"{'subspace similarity of A: module':<{width}}{'first directions':>17}{'all':>7}{'by chance':>11}"
+    head = f"{'subspace similarity of A: module':<{width}}{'first directions':>17}{'all':>7}{'all by chance':>15}"
     rows = [
-        f"{name:<{width}}{pair.first:>17.2f}{pair.all:>7.2f}{pair.chance:>11.3f}"
+        f"{name:<{width}}{pair.first:>17.2f}{pair.all:>7.2f}{pair.chance:>15.3f}"
         for name, pair in zip(names, inspection.pairs, strict=True)
     ]
     sizes = [pair.all for pair in inspection.pairs]

@@ -23,7 +23,14 @@ from lora_blip.lora.variants import CLASSES, DoRA, original_of
 from lora_blip.runtime.runs import is_adapter, is_peft
 from lora_blip.runtime.untrusted import quoted
 
+BAKED = "has_baked_adapters"  # name of an attribute of a model: True after `bake`
 FAST = "fast_update"  # name of an attribute of a model: True if its adapters may use `fused`
+
+
+MERGED_FOR_GOOD = (
+    "an adapter was merged permanently into this model, by lora_blip.bake or by a Captioner that opened its base itself "
+    "(Captioner.from_adapter(…, merge=False) keeps it apart)"
+)
 
 
 @runtime_checkable
@@ -157,6 +164,12 @@ def has_merged(model: nn.Module) -> bool:
     return any(linear.lora.merged for linear in adapted_linears(model).values())
 
 
+def refuse_baked(model: nn.Module) -> None:
+    """Raise LoRAError if the only adapters of a model were merged permanently. They can be neither removed nor disabled."""
+    if vars(model).get(BAKED) and not names(model):
+        raise LoRAError(f"{MERGED_FOR_GOOD}, so it cannot be removed or disabled; load the base again")
+
+
 def check_names(model: nn.Module, required: Iterable[str]) -> None:
     """Raise LoRAError if the model does not have one of the required adapters."""
     present = names(model)
@@ -165,6 +178,8 @@ def check_names(model: nn.Module, required: Iterable[str]) -> None:
             held = share_routing(model).dormant
             listed = ", ".join(f"{each} (of a Captioner)" if each in held else each for each in present)
             known = f"it has {listed}" if present else "call lora_blip.inject or lora_blip.load_adapter first"
+            if vars(model).get(BAKED) and not present:
+                known = f"{MERGED_FOR_GOOD}; load the base again"
             raise LoRAError(f"the model has no adapter {name!r}; {known}")
 
 

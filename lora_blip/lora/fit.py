@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora.adapter_tensors import names_of
-from lora_blip.lora.attached import Loaded, model_of
+from lora_blip.lora.attached import BAKED, MERGED_FOR_GOOD, Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample
 from lora_blip.lora.sites import check_sites, is_linear, modules_of, refuse_meta, tied
 from lora_blip.runtime.untrusted import quoted
@@ -37,7 +37,8 @@ def check_fit(model: nn.Module, adapter: "Adapter", dropout: float = 0.0) -> Non
             raise AdapterError(f"{adapter.path}: this model has no linear {quoted(path)}; {remedy}")
         refuse_meta(path, modules[path])
         if not same_weights(expected, sample(modules[path])):
-            raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those of the training; {remedy}")
+            baked = f". Probable reason: {MERGED_FOR_GOOD}" * bool(vars(model).get(BAKED))
+            raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those of the training; {remedy}{baked}")
     try:
         check_sites(model, adapter.sites, dropout)
     except LoRAError as error:  # for example a tied head, which `save` never writes

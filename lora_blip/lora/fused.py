@@ -7,13 +7,15 @@ Here s = alpha / r, and dy is the gradient of y.
 
 Without this function, autograd keeps a 16-bit copy of W for each linear under autocast, and it adds the two terms of dx in an
 extra pass over memory. Here, a pre-hook gives the linear x without its graph, so that autograd does not record the frozen
-product. Only x, h (r columns) and, under autocast, 16-bit copies of A and B are kept.
+product. Only x (or the input of a large GELU that computes x), h (r columns) and, under autocast, 16-bit copies of A and B are
+kept.
 
 Tests compare the results with those of `lora_hook`. This function is not used for a small linear on a CPU, because it is slower
-there. It is also not used without gradients, and if the results could differ:
+there. It is also not used if gradients are off, or if its result could differ:
 
 - there is dropout, or not every adapter acts on every row;
 - a weight is quantized or merged, or the linear has other hooks;
+- a base in 16 bits is trained without autocast, or the input of the linear is given by keyword;
 - the adapter has hooks, or is of a class that is not in `variants.FUSED`;
 - the call is inside a transform of torch.func, or under torch.compile, which fuses kernels itself.
 

@@ -19,6 +19,7 @@ from lora_blip.lora.attached import (
     detach,
     has_adapters,
     model_of,
+    refuse_baked,
     share_routing,
 )
 from lora_blip.lora.attached import names as attached_names
@@ -56,7 +57,7 @@ def inject(
 
     Raise TargetError if a target matches nothing. Raise LoRAError, before anything is changed, if there is no site, or if
     the model already has an adapter called `name` with other modules, r, alpha or variant. Raise it too if a site is not a
-    linear of this model, is a tied head, or has a wrong range or rank.
+    linear of this model, shares its weight with the embeddings, or has a wrong range or rank.
 
     >>> adapters = lora_blip.inject(backbone, "vit", r=4)
     >>> optimizer = torch.optim.AdamW([p for p in backbone.model.parameters() if p.requires_grad], lr=1e-4)
@@ -181,6 +182,7 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     model = model_of(model, name, 'lora_blip.eject(backbone, "default")')
     with changing(model), share_routing(model).lock:
         check_names(model, [] if name is None else [name])
+        refuse_baked(model)
         _remove_from_all(model, name)
         clear_if_bare(model)
 

@@ -11,8 +11,8 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and freezes all parameters that belong to no adapter. By default, `fused_hook` takes the
-place of `lora_hook`: it computes the same in fewer operations or with less memory. With FAST = False, `lora_hook` always runs.
+`inject` does this for every target, and freezes all parameters that belong to no adapter. By default, `fused_hook` replaces
+`lora_hook`: it computes the same in fewer operations or with less memory. FAST = False in train.py keeps `lora_hook`.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W).
 Then `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (files).
@@ -95,7 +95,7 @@ class AdapterStack(nn.ModuleDict):
 
     @property
     def unmerged(self) -> list[str]:
-        """Return the names of the adapters that `state_dict` contains: not merged, and not of a `Captioner`."""
+        """Return the names of the adapters in `state_dict`. Those that are merged, or of a `Captioner`, are left out."""
         return [name_of(key) for key in self if not self.is_left_out(key)]
 
     def is_left_out(self, key: str) -> bool:

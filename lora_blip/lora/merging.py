@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_blip.errors import LoRAError
 from lora_blip.lora import attached
 from lora_blip.lora.attached import (
+    BAKED,
     Loaded,
     adapted_linears,
     check_names,
@@ -95,6 +96,7 @@ def bake(model: nn.Module | Loaded) -> None:
         try:
             complete(lambda: bake_all(hooked, keys))
         finally:
+            setattr(model, BAKED, True)
             clear_if_bare(model)
 
 

@@ -20,6 +20,7 @@ from lora_blip.lora.attached import (
     has_adapters,
     has_merged,
     model_of,
+    refuse_baked,
     share_routing,
 )
 from lora_blip.lora.call_batch import call_batch, watch
@@ -41,9 +42,9 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     the caller too, as with torch.no_grad.
 
     Raise LoRAError for an unknown name, an empty list or merged adapters. The forward raises LoRAError if the batch has another
-    number of rows. Two mistakes are not detected. With `beams` > 1, a batch of len(names) · beams texts is always treated
-    as a beam search. If the first dimension of a model is time, adapters may act on wrong rows. In BLIP and BLIP-2, the first
-    dimension is always the rows.
+    number of rows. Two mistakes are not detected: with `beams` > 1, a batch of len(names) · beams different texts, which is
+    treated as a beam search; and a model whose first dimension is time, in which adapters may act on wrong rows. In BLIP and
+    BLIP-2, the first dimension is always the rows.
 
     In peft: `set_adapter`, which applies to all threads; for rows, the argument `adapter_names` of the forward.
 
@@ -91,6 +92,7 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     model = model_of(model, next(iter(names), None), 'lora_blip.disable_adapters(backbone, "default")')
     check_names(model, names)
     check_unheld(model, *names)
+    refuse_baked(model)
     routing = share_routing(model)
     disabled = frozenset(names or (name for name, _ in every_adapter(model) if name not in routing.dormant))
     with _block(model, "disabled", lambda off: replace(routing.active, off=off | disabled)):

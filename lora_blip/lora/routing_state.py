@@ -98,7 +98,8 @@ class AdapterRouting:
         """Return y + Σ (alpha / r) · B A x, in which each adapter adds its update to the rows on which it acts.
 
         x: the input of a linear (rows, …). output: its output y. This is the loop of `lora_hook`, with rows, and with the
-        update of DoRA, which needs y. Each update is that of the adapter alone, so the order of the adapters has no effect.
+        update of DoRA, which needs y. Each update is that of the adapter alone, so the order of the adapters changes only the
+        rounding.
         """
         stack, y, block = linear.lora, output, self.block
         self._check(block)

@@ -45,6 +45,7 @@ class Site:
 
     @property
     def address(self) -> str:
+        """Return the path of the module, and the block after it, such as "encoder.layers.0.self_attn.qkv.q"."""
         return f"{self.module}.{self.block}" if self.block else self.module
 
 

@@ -143,8 +143,9 @@ class TextCount:
 
     def _describe_cut(self, task: TextTask, what: str, examples: Iterable[Example]) -> str:
         most = task.generation.max_new_tokens
-        longer = min(2 * most, most_new_tokens(task))
-        if examples and longest_text(task, examples) <= most:
+        longest = longest_text(task, examples) if examples else 0
+        longer = min(max(2 * most, longest), most_new_tokens(task))
+        if examples and longest <= most:
             cause = (
                 "the base does not end its texts"
                 if what == OF_BASE

@@ -3,24 +3,31 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_blip.data.example import Example
 from lora_blip.runtime.counts import counted
+from lora_blip.runtime.system_errors import quoted_for_shell
+from lora_blip.runtime.untrusted import printable
 
 # With n images, a share p has the standard error √(p (1 − p) / n). For p = 1/2 and n = 20 it is 11 points, more than most
 # differences between two validations of a run. So with fewer images, chance mostly selects the best one.
 FEW_IMAGES = 20
 
 
-def few_images_warning(validation: Iterable[Example], drawn: bool = True) -> str:
+def few_images_warning(validation: Iterable[Example], drawn: bool = True, annotations: str = "") -> str:
     """Return a warning if there are validation images, but fewer than FEW_IMAGES. Otherwise return "".
 
-    drawn: whether they were drawn at random, by VAL_FRACTION.
+    drawn: whether they were drawn at random, by VAL_FRACTION. annotations: the training file. A file val beside it is named.
     """
     images = len({example.image for example in validation})
     if not 0 < images < FEW_IMAGES:
         return ""
+    source = Path(annotations)
+    beside = source.parent / f"val{source.suffix}"
     fix = "hold out more: VAL_FRACTION (--val-fraction) or VAL_ANNOTATIONS" if drawn else "add validation images to your data"
+    if drawn and source.suffix and beside != source and beside.is_file():
+        fix = f"if {printable(str(beside))} is for validation: --val-annotations {quoted_for_shell(str(beside))}"
     return (
         f"warning: {counted(images, 'validation image')}: with fewer than {FEW_IMAGES}, one image changes a score by more than "
         f"5 points, so chance mostly chooses best.safetensors; {fix}"

@@ -89,7 +89,7 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
     print(f"\n{targets.table(task.backbone.model)}\n")
     if warning := targets.too_large_ranks(task.backbone.model):
         print(f"{warning}\n")
-    if warning := few_images_warning(inputs.validation, inputs.drawn):
+    if warning := few_images_warning(inputs.validation, inputs.drawn, config.annotations):
         print(f"{warning}\n")
     caches, prefix = apply_performance_settings(ranks, inputs)
     if prefix:
@@ -231,14 +231,19 @@ def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> 
         if Path(config.val_annotations).resolve() == Path(config.annotations).resolve():
             fix = 'Both files are the same: set VAL_ANNOTATIONS = "" (--val-annotations "") to hold out images at random'
     elif not lines.drawn:
-        fix = f"Remove them from the lines of {config.annotations} whose split is train"
+        fix = f"Remove them from the training images of {config.annotations}"
     else:
         group = grouping_of([FILE(example) for example in (*lines.training, *lines.validation)])
         name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'
         fix = (
             f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}. "
-            f"Otherwise choose images that resemble no other image, move their lines from {config.annotations} to val.jsonl, "
-            'and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+            "Otherwise choose images that resemble no other image, and "
+            + (
+                f"move them with their text files from {config.annotations} to a folder val, and set VAL_ANNOTATIONS to it"
+                if Path(config.annotations).is_dir()
+                else f"move their lines from {config.annotations} to val.jsonl, and set "
+                'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+            )
         )
     report_split_leaks(map(FILE, lines.validation), map(FILE, lines.training), thumbnails, fix)
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from lora_blip.errors import LoRAError
+from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.kernels.linear import QuickLinear, can_bypass
 from lora_blip.lora import adapter_file, attached, fused, injection, merging
+from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.lora.sites import Site, modules_of
 from lora_blip.models import weights
 
@@ -276,6 +277,28 @@ def test_a_change_that_is_interrupted_at_any_line_finishes_before_it_raises(dtyp
         if done:
             break
     assert stop > 10 or (change is merging.restore and not earlier)
+
+
+def test_a_baked_adapter_cannot_be_disabled_or_removed_silently(tmp_path):
+    """After `bake`, the model seems to have no adapter, and each request that would have no effect is an error."""
+    model, other = adapt(net()), adapt(net())
+    path = adapter_file.save(tmp_path / "adapter.safetensors", other)
+    merging.bake(model)
+    for call in (
+        lambda: disable_adapters(model).__enter__(),
+        lambda: injection.eject(model),
+        lambda: use_adapters(model, "default").__enter__(),
+        lambda: adapter_file.load(model, path),
+    ):
+        with pytest.raises((LoRAError, AdapterError), match=r"merged permanently into this model, by lora_blip\.bake"):
+            call()
+    adapt(model)  # a new adapter on the changed base can be disabled and removed
+    with disable_adapters(model):
+        pass
+    injection.eject(model)
+    clean = net()
+    with disable_adapters(clean):  # without an adapter, the base is active already
+        pass
 
 
 def test_a_bake_that_cannot_finish_leaves_the_outputs_and_continues_later(monkeypatch):

@@ -459,6 +459,14 @@ def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
         assert summary.next_command("caption", tmp_path / "a run", [example]) == command + flag
 
 
+def test_few_drawn_validation_images_name_the_validation_file_beside_the_annotations(tmp_path):
+    drawn = partial(few_images_warning, [example_of("1.png")], True)
+    assert "hold out more: VAL_FRACTION" in drawn(str(tmp_path / "train.csv"))
+    (tmp_path / "val.csv").touch()
+    assert drawn(str(tmp_path / "train.csv")).endswith(f"is for validation: --val-annotations {tmp_path / 'val.csv'}")
+    assert "hold out more: VAL_FRACTION" in drawn(str(tmp_path / "val.csv"))
+
+
 def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, monkeypatch):
     """A test file with training images is not named. One that was found needs no --image-root if it has its own paths."""
     monkeypatch.chdir(tmp_path)
