@@ -1,6 +1,7 @@
 """Check and open the images that Python callers pass: paths, PIL images, arrays, tensors, bytes or open files."""
 
 import inspect
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -165,9 +166,9 @@ def _check_values(image: Any, name: str) -> None:
         raise InputError(f"{name} has the dtype {dtype}; expected uint8 (0 to 255) or float (0 to 1){_conversion(image)}")
     values = image.detach() if isinstance(image, Tensor) else image
     smallest, largest = float(values.min()), float(values.max())
-    if smallest != smallest:
-        raise InputError(f"{name} contains NaN; a float image has values from 0 to 1")
-    if not (smallest >= 0 and largest <= 1):  # `not`, so that NaN is an error too
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        return  # damaged data, and no wrong call: `decode` returns the error of this image alone
+    if not (smallest >= 0 and largest <= 1):
         fix = "divide it by 255" if smallest >= 0 and largest <= 255 else "give the image before it is normalized"
         raise InputError(f"{name} has values from {smallest:.4g} to {largest:.4g}; a float image has values from 0 to 1: {fix}")
 
@@ -212,7 +213,7 @@ def open_input(image: Any, name: str) -> Image.Image:
         return open_image(name, BytesIO(image))
     if isinstance(image, Image.Image):
         return _rgb_copy(image, name)
-    return to_rgb(Image.fromarray(_uint8_array(image)))
+    return to_rgb(Image.fromarray(_uint8_array(image, name)))
 
 
 def _check_path(path: str) -> None:
@@ -245,12 +246,17 @@ def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(printable(f"{name} cannot be decoded ({reason})")) from None
 
 
-def _uint8_array(image: Any) -> Any:
-    """Return the pixel values of an array or tensor as uint8, shape (height, width) or (height, width, 3 or 4)."""
+def _uint8_array(image: Any, name: str) -> Any:
+    """Return the pixel values of an array or tensor as uint8, shape (height, width) or (height, width, 3 or 4).
+
+    Raise ImageError if a value is NaN or infinite.
+    """
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = image.float().numpy() if image.is_floating_point() else image.numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
     if image.dtype != np.uint8:
+        if not np.isfinite(image).all():
+            raise ImageError(f"{name} contains NaN or infinity; a float image has values from 0 to 1")
         image = np.rint(image.astype(np.float32) * 255).astype(np.uint8)
     return np.ascontiguousarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)

@@ -17,6 +17,7 @@ from lora_blip.errors import InputError
 from lora_blip.inference.batch_runner import Runner, Work
 from lora_blip.inference.image_inputs import decode
 from lora_blip.inference.prediction import Prediction, prediction_of
+from lora_blip.runtime.untrusted import quoted
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ def predict_requests(
     """Yield a prediction for each (name, image, question), in order. The next batch is decoded while the model computes.
 
     lock: held while a batch uses the model or its tokenizer. check: called at the start of each batch, while the lock is held.
+    Raise InputError if `strict` is not a truth value.
     """
+    if not isinstance(strict, bool):
+        raise InputError(f"strict = {quoted(strict)}; expected True or False")
     pixels = pixels_of(runner.task.backbone.image_processor)
     pool = ThreadPoolExecutor(MOST_THREADS, "lora_blip_images")
     try:

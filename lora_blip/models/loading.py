@@ -140,6 +140,8 @@ def as_backbone(model: Any, processor: Any) -> Backbone:
     if not isinstance(model, kinds):
         names = ", ".join(kind.__name__ for kind in kinds)
         fix = "base=model.merge_and_unload()" * hasattr(model, "merge_and_unload")  # a model of peft
+        for inner in ("_orig_mod", "module"):  # of torch.compile, and of DataParallel or DistributedDataParallel
+            fix = f"base=model.{inner}" if isinstance(getattr(model, inner, None), kinds) else fix
         fix = fix or f"a name, a folder, or a model of one of the classes {names}"
         raise InputError(f"base is of type {type(model).__name__}; give {fix}")
     tokenizer, image_processor = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))

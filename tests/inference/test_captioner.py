@@ -234,7 +234,6 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "pixel values": (torch.full((3, 8, 8), -1.5), "values from -1.5 to -1.5; .*: give the image before it is normalized"),
     "a sparse tensor": (torch.eye(9).to_sparse(), "is a tensor that is sparse, nested, quantized or without values"),
     "a meta tensor": (torch.empty(3, 9, 9, device="meta"), "is a tensor that is sparse, nested, quantized or without values"),
-    "NaN": (torch.full((3, 8, 8), torch.nan), "contains NaN; a float image has values from 0 to 1$"),
 }
 
 
@@ -682,6 +681,36 @@ def test_a_captioner_from_before_a_fork_raises_an_error_instead_of_waiting(workp
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert captioner("image_test/000.png").text
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["tensor", "array", "float16"])
+def test_an_image_with_nan_keeps_its_position_and_the_others_are_captioned(workplace, monkeypatch, value, kind):
+    """Damaged data, such as a frame of a depth camera, does not stop a list or a stream."""
+    monkeypatch.chdir(workplace)
+    captioner = Captioner.from_adapter("adapter1", max_new_tokens=4)
+    image: Any = torch.full((3, 8, 8), 0.5)
+    image[1, 2, 3] = value
+    image = {"tensor": image, "array": image.permute(1, 2, 0).numpy(), "float16": image.half()}[kind]
+    for predictions in (captioner(["image_test/000.png", image]), list(captioner.stream(["image_test/000.png", image]))):
+        assert predictions[0].text and not predictions[0].error and not predictions[1].text
+        assert predictions[1].error == "images[1] contains NaN or infinity; a float image has values from 0 to 1"
+    with pytest.raises(ImageError, match="contains NaN or infinity"):
+        captioner(image, strict=True)
+
+
+def test_strict_is_a_truth_value(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    captioner = Captioner.from_adapter("adapter1", max_new_tokens=4)
+    with pytest.raises(InputError, match="strict = 'no'; expected True or False"):
+        captioner("image_test/000.png", strict="no")  # type: ignore[call-overload]
+
+
+def test_a_compiled_or_parallel_model_as_base_names_the_model_inside():
+    model = load_backbone("assets/tiny-blip", "cpu").model
+    for wrapped, inner in ((torch.compile(model), "_orig_mod"), (torch.nn.DataParallel(model), "module")):
+        with pytest.raises(InputError, match=rf"; give base=model\.{inner}$"):
+            Captioner.from_adapter(None, base=wrapped)
 
 
 POOL = """
