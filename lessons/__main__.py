@@ -6,13 +6,14 @@ Each runs in a separate process. A lesson fails if one of its assertions fails. 
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from lessons import process
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 2  # processes, each with one thread
+QUIET = 10.0  # seconds without a finished lesson after which a line names the lessons that are running
 LONG = ("05", "06", "11")  # they train several adapters, so they start first
 
 
@@ -37,14 +38,22 @@ def main() -> None:
     print(f"{len(chosen)} lessons and solutions, {AT_ONCE} at a time: at most ten minutes on two cores", flush=True)
     started, failed = time.perf_counter(), []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for job in as_completed([pool.submit(execute, path) for path in chosen]):
-            path, seconds, done = job.result()
-            print(
-                f"{path.relative_to(HERE).as_posix():<52}{seconds:6.1f} s  {'failed' if done.returncode else 'ok'}", flush=True
-            )
-            if done.returncode:
-                failed.append(path)
-                print(process.end_of_output(done), flush=True)
+        jobs = {pool.submit(execute, path): path for path in chosen}
+        while jobs:
+            finished, _ = wait(jobs, QUIET, FIRST_COMPLETED)
+            if not finished:
+                running = " and ".join(path.relative_to(HERE).as_posix() for path in list(jobs.values())[:AT_ONCE])
+                print(f"{time.perf_counter() - started:.0f} s: running {running}", flush=True)
+            for job in finished:
+                del jobs[job]
+                path, seconds, done = job.result()
+                print(
+                    f"{path.relative_to(HERE).as_posix():<52}{seconds:6.1f} s  {'failed' if done.returncode else 'ok'}",
+                    flush=True,
+                )
+                if done.returncode:
+                    failed.append(path)
+                    print(process.end_of_output(done), flush=True)
     seconds = time.perf_counter() - started
     print(f"{len(chosen) - len(failed)} of {len(chosen)} passed in {seconds:.0f} s. Pictures: lessons/figures/")
     sys.exit(1 if failed else 0)

@@ -70,6 +70,7 @@ def execute(path: Path, fingerprint: str) -> Any:
     key = hashlib.sha256(fingerprint.encode() + path.read_bytes()).hexdigest()[:16]
     stored = EXECUTED / f"{path.stem}-{key}.ipynb"
     if not stored.exists():
+        print(f"executing {path.name} …", flush=True)
         started = time.perf_counter()
         notebook = jupytext.read(path)
         notebook.metadata.update(KERNEL)
@@ -90,6 +91,7 @@ def write_lessons() -> list[str]:
     files = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
     used = [ROOT / "lessons" / "lesson_tools.py", *sorted((ROOT / "lora_blip").rglob("*.py"))]
     fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in used)).hexdigest()
+    print("executing the lessons that have changed: all of them take about three minutes on two idle cores", flush=True)
     with ThreadPoolExecutor(TOGETHER) as pool:
         executed = list(pool.map(lambda path: execute(path, fingerprint), files))
     shutil.rmtree(NOTEBOOKS, ignore_errors=True)
