@@ -49,6 +49,7 @@ class Groups:
             group: Hashable = next(filter(None, match[1:]), match[0]) if match else None
         elif self.column:
             self.columns = self.columns or dict.fromkeys(entry or ())
+            self._folder_of(path)  # for the message
             group = self.value_in(entry or {}) or None
         else:
             group = self._folder_of(path) if self.group_by else None
@@ -91,9 +92,10 @@ class Groups:
             example = f"such as {quoted(self.example)}"
             raise DataError(f"group_by = {self.group_by!r}: the regex matches no image path, {example}; change it (--group-by)")
         columns = ", ".join(quoted(column) for column in list(self.columns)[:SHOWN])
+        by_folder = "the folders of the images (--group-by folder), " * (len(set(self.folders.values())) > 1)
         raise DataError(
             f"group_by = {self.group_by!r}: no line has a value in this column; the columns of the first line are {columns}; "
-            "give one of them, folder, or a regex with parentheses (--group-by folder)"
+            f'give one of them, {by_folder}or a regex of the path (--group-by "(video\\d+)"). Without groups: --group-by ""'
         )
 
 

@@ -190,6 +190,20 @@ def test_images_without_a_group_are_counted(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("folders", [1, 2])
+def test_a_group_column_without_values_suggests_folders_only_if_there_are_several(tmp_path, folders):
+    lines = [{"image": f"f{number % folders}/{number}.png", "text": f"text {number}"} for number in range(4)]
+    for line in lines:
+        path = tmp_path / line["image"]
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), (40 * len(path.stem), 9 * int(path.stem), 0)).save(path)
+    source = tmp_path / "lines.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="no line has a value in this column") as error:
+        prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out"), group_by="video"))
+    assert ("--group-by folder" in str(error.value)) is (folders > 1)
+
+
 def test_group_by_without_an_effect_is_reported(tmp_path, capsys):
     """With validation lines of their own, with the column `split`, without validation, and in prepare."""
     source = frames(tmp_path, 4, 3)
