@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault, SomeLinesError
+from lora_blip.data.several_texts import numbered_names
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import pasteable, quoted, shorten
@@ -143,6 +144,8 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
         return keys.index(ours) if ours in keys else max(columns, key=lambda column: (share(column)[part], -column))
 
     image = best("image", range(len(header)), 0)
+    if numbered_names(keys, False) and "text" not in keys:  # they are read without a flag
+        return flag_of("image", header[image])
     others = [column for column in range(len(header)) if column != image] or [image]
     question = next((column for column in others if _asks(column, below)), -1)
     pairs = [("image", image)]

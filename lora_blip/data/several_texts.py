@@ -29,14 +29,13 @@ def several(at: Location, entry: Entry) -> Iterator[Located]:
 def numbered(names: Iterable[str], known: Sequence[str]) -> list[str]:
     """Return the names that are a known name with a number, in their order: caption_1 and caption_2, or "Caption 1", ….
 
-    Return [] if there are fewer than two, or if they number several known names.
+    Return [] if there are none, or if they number several known names.
     """
     found: dict[str, list[str]] = {}
     for name in names:
         if (match := NUMBERED.fullmatch(plain_name(name))) and match[1] in known:
             found.setdefault(match[1], []).append(name)
-    several = [group for group in found.values() if len(group) > 1]
-    return several[0] if len(several) == 1 else []
+    return next(iter(found.values())) if len(found) == 1 else []
 
 
 def numbered_names(names: Sequence[str], with_question: bool) -> list[str]:

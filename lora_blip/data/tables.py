@@ -22,6 +22,7 @@ WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
 DELIMITER_LINE = re.compile(r'"?sep=(.)"?\1*\s*', re.IGNORECASE)  # the first line of some CSV files, for Excel
+MOST_TITLES = 10  # rows above the header
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
 
 Row = tuple[int, list[str] | str]  # the number of the row's first line, and its cells or the reason why it is invalid
@@ -59,6 +60,7 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
         first = list(islice(rows, SAMPLE))
     if not first:
         return
+    first = first[titles_above([row if isinstance(row, list) else [] for _, row in first], keys) :]
     number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
     names = _names(header)
     below = [row for at, row in first if isinstance(row, list) and at != number and len(row) == len(header)]
@@ -82,6 +84,23 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
             yield at, _entry_of_row(columns, row)
 
 
+def titles_above(rows: list[list[str]], keys: Keys) -> int:
+    """Return the number of rows with one cell that are above a row with known or named columns.
+
+    They are titles, as in a sheet that a spreadsheet program has saved as CSV. Return 0 if there is no such row.
+    """
+    for number, row in enumerate(rows[: MOST_TITLES + 1]):
+        if sum(bool(cell.strip()) for cell in row) != 1:
+            return number if has_known_columns(row, keys) else 0
+    return 0
+
+
+def has_known_columns(row: list[str], keys: Keys) -> bool:
+    """Return True if a row contains the names that the user gives, or else usual names of an image and a text."""
+    named = {name.strip().lower() for name in keys.named.values()}
+    return named <= {cell.strip().lower() for cell in row} if named else is_header(row)
+
+
 def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
     """Return the delimiter that gives a known header.
 
@@ -92,13 +111,9 @@ def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
 
     def score(delimiter: str) -> tuple[bool, float, bool, int]:
         rows = [row for row in csv.reader(sample, delimiter=delimiter) if row]
-        header = _names(rows[0]) if rows else []
-        known = (
-            is_header(header)
-            or {name.strip().lower() for name in keys.named.values()}
-            <= {cell.strip().lower() for cell in (rows[0] if rows else ())}
-            != set()
-        )
+        rows = rows[titles_above(rows, keys) :]
+        header = rows[0] if rows else []
+        known = has_known_columns(header, keys)
         counts = [len(row) for row in rows]
         share = counts.count(counts[0]) / len(counts) if counts and counts[0] > 1 else 0.0
         return known and len(header) > 1, share, delimiter == usual, counts[0] if counts else 0
@@ -173,7 +188,9 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
     for ours, name in keys.named.items():
         if name.strip().lower() not in lower:
             reason = f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}"
-            raise DataError(f"{path}:{number}: {reason}{meant(ours, name, header)}")
+            several = numbered_names(names, False) if ours == "text" else []
+            fix = f'\nto read {", ".join(several)}, name no text: --text-key ""' if several else meant(ours, name, header)
+            raise DataError(f"{path}:{number}: {reason}{fix}")
         result[lower.index(name.strip().lower())] = ours
         taken.add(ours)
     has_question = "question" in result

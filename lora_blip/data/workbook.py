@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_blip.data.entries import IMAGE_NAME, Located
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys
-from lora_blip.data.tables import Row, entries_of_rows, is_header
+from lora_blip.data.tables import Row, entries_of_rows, has_known_columns
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import shorten
 
@@ -57,13 +57,12 @@ def _sheet_of(path: Path, sheets: Sequence[Any], keys: Keys) -> Any:
 
     If none has, return the first sheet that has the name of an image below its first row, or else the first sheet.
     """
-    named = {name.strip().lower() for name in keys.named.values()}
     with_images = []
     for sheet in sheets[:MOST_SHEETS]:
         with suppress(DataError):  # a damaged sheet that may not be needed
             rows = _rows(path, sheet, {})
             row = next(rows, (0, ""))[1]
-            if isinstance(row, list) and (named <= {cell.strip().lower() for cell in row} if named else is_header(row)):
+            if isinstance(row, list) and has_known_columns(row, keys):
                 return sheet
             below = (cell.strip() for _, cells in islice(rows, FIRST_ROWS) if isinstance(cells, list) for cell in cells)
             with_images += [sheet] * any(map(IMAGE_NAME.fullmatch, below))

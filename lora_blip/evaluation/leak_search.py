@@ -1,16 +1,21 @@
 """Search the training data of an adapter for evaluation images."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import Keys, keys_of
 from lora_blip.data.leaks import Leak, find_leaks
-from lora_blip.errors import DataError
+from lora_blip.errors import AdapterError, DataError
+from lora_blip.lora import adapter_file
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime.counts import counted
+from lora_blip.runtime.untrusted import quoted
+
+MOST_ADAPTERS = 16  # initial adapters of initial adapters that are searched
 
 
 class LeakSearch(NamedTuple):
@@ -23,16 +28,64 @@ class LeakSearch(NamedTuple):
 def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list[Example]) -> LeakSearch:
     """Return the evaluation images that are also in the training data.
 
-    The setting `train_annotations` names the training data. If it is empty, the adapter file names them. Raise DataError if
-    the file of the setting cannot be read. If the file of the adapter cannot be read, the note contains the reason.
+    The setting `train_annotations` names the training data. If it is empty, the adapter file names them, and those of the
+    adapter that its training continued (INIT_ADAPTER) are searched too. Raise DataError if the file of the setting cannot be
+    read. If the file of an adapter cannot be read, the note contains the reason.
     """
-    settings = adapter.metadata.get("training", {}).get("settings", {}) if adapter else {}
-    source = config.train_annotations or str(settings.get("annotations", ""))
-    root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
-    keys = Keys(*(str(settings.get(f"{name}_key", "")) for name in ("image", "text", "question", "answer")))
-    keys = keys_of(config) if config.train_annotations else keys
     if config.train_annotations == "none":
         return LeakSearch([], "not searched: --train-annotations is none")
+    if config.train_annotations:
+        return _search(config.train_annotations, config.train_image_root, keys_of(config), config, examples)
+    settings = _settings_of(adapter)
+    root = config.train_image_root or str(settings.get("image_root", ""))
+    searches = [_search(str(settings.get("annotations", "")), root, _keys_of(settings), config, examples)]
+    for earlier in initial_adapters(adapter):
+        if isinstance(earlier, str):
+            searches.append(LeakSearch([], earlier))
+            continue
+        settings = _settings_of(earlier)
+        source, root = str(settings.get("annotations", "")), str(settings.get("image_root", ""))
+        found = _search(source, root, _keys_of(settings), config, examples)
+        searches.append(LeakSearch(found.leaks, f"of the initial adapter {earlier.path.parent.name}: {found.note}"))
+    first = {leak.evaluation: leak for search in reversed(searches) for leak in search.leaks}
+    leaks = [first[image] for image in dict.fromkeys(example.image for example in examples) if image in first]
+    return LeakSearch(leaks, "; ".join(dict.fromkeys(search.note for search in searches)))
+
+
+def initial_adapters(adapter: Adapter | None) -> Iterator[Adapter | str]:
+    """Yield the adapter from which the training of an adapter started (INIT_ADAPTER), then that one's, and so on.
+
+    If the file of one is missing or has changed, yield the reason, and end.
+    """
+    for _ in range(MOST_ADAPTERS):
+        source = adapter.metadata.get("training", {}).get("init_adapter") if adapter else None
+        if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+            return
+        path = source["path"]
+        try:
+            adapter = adapter_file.read(path)
+        except AdapterError:
+            yield f"not searched: the training data of the initial adapter {quoted(path)}, which cannot be read"
+            return
+        if not adapter_file.digest(adapter.tensors).startswith(str(source.get("sha256"))):
+            yield f"not searched: the training data of the initial adapter {quoted(path)}, which has changed"
+            return
+        yield adapter
+
+
+def _settings_of(adapter: Adapter | None) -> dict[str, Any]:
+    """Return the settings of the training that an adapter file contains, or {}."""
+    settings = adapter.metadata.get("training", {}).get("settings", {}) if adapter else {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _keys_of(settings: dict[str, Any]) -> Keys:
+    """Return the names of the columns in the settings of a training."""
+    return Keys(*(str(settings.get(f"{name}_key", "")) for name in ("image", "text", "question", "answer")))
+
+
+def _search(source: str, root: str, keys: Keys, config: EvaluateConfig, examples: list[Example]) -> LeakSearch:
+    """Search one source of training data."""
     if not source:
         return LeakSearch([], "not searched: the training data are unknown; give them with --train-annotations")
     if not (Path(source).exists() or "," in source):  # a comma separates the names of several files

@@ -1,6 +1,7 @@
 """Prepare a training run: settings, task, data, adapters, and the checks before the first step."""
 
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -237,15 +238,24 @@ def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> 
         name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'
         fix = (
             f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}. "
-            "Otherwise choose images that resemble no other image, and "
-            + (
-                f"move them with their text files from {config.annotations} to a folder val, and set VAL_ANNOTATIONS to it"
-                if Path(config.annotations).is_dir()
-                else f"move their lines from {config.annotations} to val.jsonl, and set "
-                'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
-            )
+            f"Otherwise choose images that resemble no other image, and {how_to_hold_out(config.annotations, lines.training)}"
         )
     report_split_leaks(map(FILE, lines.validation), map(FILE, lines.training), thumbnails, fix)
+
+
+def how_to_hold_out(annotations: str, training: Sequence[Example]) -> str:
+    """Return how to hold out chosen images: a validation file of the same format beside the annotations, or a folder."""
+    source = Path(annotations)
+    if source.suffix.lower() in (".jsonl", ".csv", ".tsv"):
+        target = source.with_name(f"val{source.suffix}")
+        header = "" if source.suffix.lower() == ".jsonl" else ", below the same first line"
+        if target != source and not target.exists():
+            return f"move their lines from {source} to {target}{header}, and set VAL_ANNOTATIONS to it (--val-annotations)"
+    if source.is_dir() and training and training[0].image.with_suffix(".txt").is_file():
+        return (
+            f"move them with their text files to a folder outside {source}, and set VAL_ANNOTATIONS to it (--val-annotations)"
+        )
+    return "hold them out in a file of their own: VAL_ANNOTATIONS (--val-annotations)"
 
 
 def grouping_of(files: list[str]) -> str:

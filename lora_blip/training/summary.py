@@ -92,7 +92,9 @@ def evaluate_line(
         if SPLITS.get(trained.parent.name.lower()) == "train":  # train/captions.csv
             candidates[:0] = [trained.parent.with_name(name) / trained.name for name in ("test", "val")]
     if val_annotations:  # its images chose the best weights
-        candidates = [path for path in candidates if "test" in (path.stem, path.parent.name)]
+        used = {os.path.abspath(path) for path in val_annotations.split(",")}  # noqa: PTH100
+        tests = [path for path in candidates if "test" in (path.stem, path.parent.name)]
+        candidates = [path for path in tests if os.path.abspath(path) not in used]  # noqa: PTH100
     demos = () if val_annotations else (source.parent / TRAINING_IMAGES, source.parent)
     for demo in demos:  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
@@ -113,7 +115,8 @@ def evaluate_line(
         if existing or val_annotations
         else f" (write their images and {'questions with answers' if task == 'vqa' else 'texts'} to test.jsonl first)"
     )
-    images = "the validation images" if val_annotations and not existing else "images that training has not used"
+    chosen = f"the images of {existing.name}" if existing else ""
+    images = chosen or ("the validation images" if val_annotations else "images that training has not used")
     return printable(f"to score it on {images}{missing}: {command}")
 
 

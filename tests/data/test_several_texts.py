@@ -15,6 +15,7 @@ from lora_blip.data import annotations
 from lora_blip.data.formats import Keys
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.data.several_texts import gathered
+from lora_blip.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
     {"image": "0.png", "caption_1": "a red cube", "caption_2": "a cube, red", "caption_3": "", "width": 4},
@@ -85,9 +86,43 @@ def test_numbered_answers_of_a_question_are_its_answers(folder, kind):
     assert example.question == "color?" and example.answers == ("red", "dark red")
 
 
+@pytest.mark.parametrize("key", ["caption", "answer"])
+def test_lines_may_have_different_numbers_of_numbered_texts(folder, key):
+    """The first line has one, and another has two. Absent keys are no empty cells."""
+    rows = [{"image": "0.png", f"{key}_1": "red"}, {"image": "1.png", f"{key}_1": "blue", f"{key}_2": "dark blue"}]
+    rows = [row | ({"question": "color?"} if key == "answer" else {}) for row in rows]
+    examples = annotations.read(written(folder, "jsonl", rows))[0]
+    texts = [example.answers for example in examples] if key == "answer" else [example.text for example in examples]
+    assert texts == ([("red",), ("blue", "dark blue")] if key == "answer" else ["red", "blue", "dark blue"])
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx"])
+def test_the_flags_of_a_table_with_numbered_texts_name_only_the_image(folder, kind):
+    rows = [{"Bild": row["image"]} | {key: value for key, value in row.items() if key != "image"} for row in ROWS]
+    source = written(folder, kind, rows)
+    with pytest.raises(
+        DataError, match=r"no column has a known name for the image[^$]*name the columns: --image-key \"Bild\"$"
+    ):
+        annotations.read(source)
+    examples = annotations.read(source, keys=Keys(image="Bild"))[0]
+    assert [(example.name, example.text) for example in examples] == TEXTS
+    with pytest.raises(DataError, match=r"to read caption_1, caption_2, caption_3, name no text: --text-key \"\"$"):
+        annotations.read(source, keys=Keys(image="Bild", text="caption"))
+
+
+@pytest.mark.parametrize("titles", ["Urlaub 2026;;\n", "Urlaub 2026\n", "Urlaub 2026;;\n;;von Anna\n", '"Urlaub; 2026"\n'])
+@pytest.mark.parametrize("named", [False, True])
+def test_rows_with_one_cell_above_the_columns_of_a_csv_are_titles(folder, titles, named):
+    names = "Bild;Ort;Worte" if named else "image;place;caption"
+    (folder / "t.csv").write_text(f"{titles}{names}\n0.png;Köln;ein Würfel\n1.png;;ein Ball\n", encoding="utf-8")
+    keys = Keys(image="Bild", text="Worte") if named else Keys()
+    examples = annotations.read(folder / "t.csv", keys=keys)[0]
+    assert [(example.name, example.text) for example in examples] == [("0.png", "ein Würfel"), ("1.png", "ein Ball")]
+
+
 def test_a_row_without_any_of_the_numbered_texts_is_an_error(folder):
     rows = [*ROWS, {"image": "1.png", "caption_1": "", "caption_2": " ", "caption_3": "", "width": 4}]
-    with pytest.raises(Exception, match=r"captions\.csv:4: the text is empty"):
+    with pytest.raises(DataError, match=r"captions\.csv:4: the text is empty"):
         annotations.read(written(folder, "csv", rows))
 
 
@@ -101,7 +136,6 @@ def test_a_column_that_the_user_names_is_the_only_caption(folder, kind):
     "entry",
     [
         {"image": "a", "caption": "b", "caption_2": "c", "caption_3": "d"},  # one column has the usual name
-        {"image": "a", "caption_1": "b"},
         {"image": "a", "caption_1": "b", "caption_2": "c", "text_1": "d", "text_2": "e"},  # which of the two?
         {"image": "a", "layer_1": "b", "layer_2": "c"},
         {"image": "a", "question": "b", "answer": "c", "answer_1": "d", "answer_2": "e"},

@@ -81,7 +81,7 @@ def test_a_random_split_of_video_frames_is_reported_before_the_first_step(config
     assert len(leaks) == 2 and warning.startswith("WARNING: 2 of 2 validation images are in the training data (2 nearly")
     assert all(str(leak) in warning for leak in leaks)
     assert leak_warning(leaks, 2, "evaluation").split(":")[0].replace("evaluation", "validation") in warning
-    assert 'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)' in warning
+    assert "val.jsonl, and set VAL_ANNOTATIONS to it (--val-annotations)" in warning
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,28 @@ def test_leaks_are_found_and_printed_before_the_scores(checkpoints, here, capsys
     assert len(with_flag["leaks"]) == 2
 
 
+def test_the_training_data_of_the_initial_adapter_are_searched_too(checkpoints, here, capsys):
+    """An adapter that continued another one has learned the images of both trainings."""
+    refs = references(here, 3)
+    other = write_lines(here / "other.jsonl", [{"image": "own/7.png", "text": "x"}])
+    scene(here / "own" / "7.png", 7)
+    first = adapter_of(checkpoints["blip"], here, settings={"annotations": str(refs)})
+    second = here / "second" / "adapter.safetensors"
+    second.parent.mkdir()
+    content = adapter_file.read(first)
+    initial = {"path": str(first), "sha256": adapter_file.digest(content.tensors)[:16]}
+    training = {"steps": 1, "settings": {"annotations": str(other)}, "init_adapter": initial}
+    adapter_file.write(second, content.tensors, content.metadata | {"training": training})
+    figures = evaluated(refs, adapter=str(second))[0]
+    assert len(figures["leaks"]) == 3
+    assert "0 found among the 1 image of" in figures["facts"]["leaks"]
+    assert f"of the initial adapter run: 3 found among the 3 images of {refs}" in figures["facts"]["leaks"]
+    assert "WARNING: 3 of 3 evaluation images are in the training data" in capsys.readouterr().out
+    first.unlink()
+    note = evaluated(refs, adapter=str(second), output_dir="again")[0]["facts"]["leaks"]
+    assert note.endswith(f"not searched: the training data of the initial adapter {str(first)!r}, which cannot be read")
+
+
 @pytest.mark.parametrize(
     ("lines", "why"),
     [

@@ -483,13 +483,16 @@ def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, mo
     ):
         test.write_text(text)
         assert ("--references test.jsonl" not in of("", examples)) is names_it
-        assert of("", examples).startswith("to score it on images that training has not used")
+        found = "the images of test.csv: " if names_it else "images that training has not used (write"
+        assert of("", examples).startswith(f"to score it on {found}")
     assert "test.jsonl first" in of("", examples, root)  # relative to photos, it is the image of the training
     test.write_text("image,text\n9.png,a\n")
     assert of("", examples, root).endswith(f"{test} --image-root photos")
     (tmp_path / "9.png").touch()
     assert of("", examples, root).endswith(f"--references {test}")
-    assert of("val.csv", examples).endswith(f"training has not used: lora-blip evaluate --adapter run --references {test}")
+    assert of("val.csv", examples).endswith(f"the images of test.csv: lora-blip evaluate --adapter run --references {test}")
+    for chosen in (str(test), f"val.csv,{test}"):  # the validation file is the test file
+        assert of(chosen, examples).startswith("to score it on the validation images: ")
     test.unlink()
     assert of("val.csv", examples).startswith("to score it on the validation images: ")
 
@@ -518,15 +521,17 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     (tmp_path / "image_test").mkdir()
     (tmp_path / "image_test/questions.jsonl").write_text('{"image": "1.png", "question": "what?", "answers": ["a"]}\n')
     assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
-    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/image_test/questions.jsonl"
+    found = "to score it on the images of "
+    answers = summary.evaluate_line("vqa", run, lines, "", demo)
+    assert answers == f"{found}questions.jsonl{command}{tmp_path}/image_test/questions.jsonl"
     inside = summary.evaluate_line("vqa", run, "image_train/questions.jsonl", "", demo)  # as the page on tasks trains
-    assert inside == f"{start}{command}image_test/questions.jsonl"
+    assert inside == f"{found}questions.jsonl{command}image_test/questions.jsonl"
     own = [example_of(str(tmp_path / "my" / "1.png"))]  # image_test shows something else
     assert summary.evaluate_line("vqa", run, lines, "", own) == f"{start}{write_answers}{command}test.jsonl"
     (tmp_path / "test.jsonl").write_text('{"image": "1.png", "text": "captions cannot score answers"}\n')
     (tmp_path / "val.jsonl").write_text('{"image": "1.png", "question": "what?", "answers": ["a"]}\n')
-    assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{command}{tmp_path}/test.jsonl"
-    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/val.jsonl"
+    assert summary.evaluate_line("caption", run, lines, "", demo) == f"{found}test.jsonl{command}{tmp_path}/test.jsonl"
+    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{found}val.jsonl{command}{tmp_path}/val.jsonl"
     validated = "to score it on the validation images"  # they chose the best weights
     assert summary.evaluate_line("vqa", run, lines, "a b.csv", demo) == f"{validated}{command}'a b.csv'"
     columns = ["--image-key", "Datei"]
@@ -569,7 +574,7 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     (tmp_path / "table/test.csv").write_text("Datei;Question;Answer\n1.png;what?;a\n")
     assert "test.csv" in summary.evaluate_line("vqa", run, trained, "", own, columns)
     monkeypatch.setattr("sys.argv", ["train.py"])
-    assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "", demo)
+    assert "the images of val.jsonl: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "", demo)
 
 
 def test_the_command_that_evaluates_reads_the_file_as_the_training_did(checkpoints, tmp_path, capsys, monkeypatch):
