@@ -258,6 +258,24 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         lambda _: lora_blip.evaluate(lora_blip.InferConfig()), ConfigError,  # type: ignore[arg-type]
         r"lora_blip\.evaluate\(lora_blip\.EvaluateConfig\(references='test\.jsonl'\)\)",
     ),
+    "a text as image size": (
+        lambda _: lora_blip.load_backbone("assets/tiny-blip", image_size="64"), ConfigError,  # type: ignore[arg-type]
+        "image_size = '64': expected a whole number, such as 96",
+    ),
+    "a number with a point as image size": (
+        lambda _: lora_blip.load_backbone("assets/tiny-blip", image_size=64.0), ConfigError,  # type: ignore[arg-type]
+        r"image_size = 64\.0: expected a whole number",
+    ),
+    "a text as a truth value": (
+        lambda _: lora_blip.load_backbone("assets/tiny-blip", fast="no"), ConfigError,  # type: ignore[arg-type]
+        "fast = 'no': expected True or False",
+    ),
+    "an empty path to save to": (
+        lambda b: lora_blip.save_adapter("", b, overwrite=True), AdapterError, "the path '.' is not that of a file; give one",
+    ),
+    "a folder to save to": (
+        lambda b: lora_blip.save_adapter("lora_blip", b, overwrite=True), AdapterError, "is not that of a file",
+    ),
     "no references": (
         lambda _: lora_blip.EvaluateConfig(), ConfigError, r"in Python EvaluateConfig\(references='test\.jsonl'\)",
     ),

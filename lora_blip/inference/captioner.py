@@ -136,13 +136,16 @@ class Captioner:
     def _on_loaded_base(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
         """Return a captioner on a base that the caller has loaded. The caller may also use the base without the captioner."""
         own = shared(backbone.model)
-        with own.changing(backbone.model):
+
+        def opened() -> "Captioner":
             check_settings(backbone, config)
             shared_adapter = own.load(backbone, adapter) if adapter else None
             precision = dtype_of(backbone.model) if config.precision == "auto" else config.precision
             captioner = cls(task_of(backbone, adapter, config), config.batch_size, precision, adapter)
             captioner.shared_adapter = shared_adapter
             return captioner
+
+        return own.changing(backbone.model, opened)
 
     @property
     def adapter_name(self) -> str | None:

@@ -81,6 +81,8 @@ def read_once(image: Any, name: str) -> Any:
             if not isinstance(part, bytes | bytearray | memoryview):
                 raise _not_bytes(part, name)
             content += part
+    except UnicodeDecodeError:
+        raise _not_bytes("", name) from None
     except (OSError, ValueError) as error:  # ValueError: the file is closed
         return ImageError(printable(f"{name} cannot be read from its file ({shorten(str(error))}); open it again"))
     if len(content) > LARGEST_FILE:

@@ -4,8 +4,8 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import NoReturn
@@ -18,7 +18,7 @@ from lora_blip.config import InferConfig
 from lora_blip.errors import InputError, LoRAError, ModelError
 from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
-from lora_blip.lora.model_lock import changing, lock_of
+from lora_blip.lora.model_lock import Result, changing, lock_of
 from lora_blip.lora.routing import use_adapters
 from lora_blip.lora.sites import quantization
 from lora_blip.models.forked import restart_thread_pool
@@ -69,12 +69,13 @@ class SharedBase:
             )
         return self._lock
 
-    @contextmanager
-    def changing(self, model: nn.Module) -> Iterator[None]:
-        """Hold the lock of the model and of those that share modules with it. Raise ModelError in a forked process."""
+    def changing(self, model: nn.Module, work: Callable[[], Result]) -> Result:
+        """Return the result of `work`, which is called while the locks of `changing` are held.
+
+        Raise ModelError in a forked process.
+        """
         _ = self.lock  # raises the error
-        with changing(model):
-            yield
+        return changing(model, work)
 
     def load(self, backbone: Backbone, adapter: Adapter) -> SharedAdapter:
         """Load an adapter on the model, unless a captioner has already loaded it. Eject adapters whose captioners are deleted.
@@ -84,7 +85,8 @@ class SharedBase:
         """
         key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata, adapter.scale], default=str)
         model = backbone.model
-        with self.changing(model):
+
+        def change() -> SharedAdapter:
             if attached.has_merged(model):
                 raise LoRAError(MERGED)
             in_use = self.in_use.get(key)  # this reference keeps the entry in `self.in_use`
@@ -99,6 +101,8 @@ class SharedBase:
                 in_use = self.in_use[key] = SharedAdapter(name)
                 self.names[key] = name
             return in_use
+
+        return self.changing(model, change)
 
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
         """Return a context in which only `adapter` is active. If `adapter` is None, the caller's own adapters are active."""
@@ -153,7 +157,6 @@ def shared(model: nn.Module) -> SharedBase:
     """Return the `SharedBase` of a model. At the first call, wait until running changes have ended, then create it."""
     restart_thread_pool()
     if model not in BASES:
-        with changing(model):  # a change that is already running does not hold the lock that is created here
-            pass
+        changing(model, lambda: None)  # a change that is already running does not hold the lock that is created here
     with LOCK:
         return BASES.setdefault(model, SharedBase(lock_of(model)))

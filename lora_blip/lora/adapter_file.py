@@ -110,8 +110,7 @@ def save(
     if not isinstance(path, str | Path):
         raise AdapterError("the path comes first: lora_blip.save_adapter('adapter.safetensors', model)")
     model, path = model_of(backbone), Path(path)
-    if path.exists() and not overwrite:
-        raise AdapterError(f"{path} exists already; give another path, or overwrite=True")
+    check_target(path, overwrite)
     loras = attached.adapters(model, name)
     if not loras:
         others = " or ".join(f"name={each!r}" for each in attached.names(model)) or "none"
@@ -149,6 +148,14 @@ def save(
     }
     write(path, tensors, metadata)
     return path
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise AdapterError if a path is empty or a folder, or if its file exists and may not be overwritten."""
+    if not path.name or path.is_dir():
+        raise AdapterError(f"the path {quoted(str(path))} is not that of a file; give one, such as 'adapter.safetensors'")
+    if path.exists() and not overwrite:
+        raise AdapterError(f"{path} exists already; give another path, or overwrite=True")
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -231,10 +238,13 @@ def load(
     model = model_of(backbone, path, 'lora_blip.load_adapter(backbone, "latest")')
     adapter = path if isinstance(path, Adapter) else read(locate(path))
     adapter = replace(adapter, scale=check_scale(adapter.scale) * check_scale(scale))
-    with changing(model):
+
+    def change() -> None:
         attached.check_unheld(model, name)
         put(backbone, adapter, name)
         injection.freeze(model)
+
+    changing(model, change)
     return adapter
 
 

@@ -68,13 +68,11 @@ def inject(
     by_name = bool(items) and all(isinstance(item, str) for item in items)
     sites = find(model, names, r, alpha, variant) if by_name else list_sites(items)
     check_new_name(name)
-    with changing(model):
-        _put_new(model, sites, dropout, name)
-        return adapters(model, name)
+    return changing(model, lambda: _put_new(model, sites, dropout, name))
 
 
-def _put_new(model: nn.Module, sites: list[Site], dropout: float, name: str) -> None:
-    """Put a new adapter on the sites, or change the dropout of the present one, and freeze the base."""
+def _put_new(model: nn.Module, sites: list[Site], dropout: float, name: str) -> dict[str, LoRA]:
+    """Put a new adapter on the sites, or change the dropout of the present one, freeze the base, and return {address: LoRA}."""
     by_address = {site.address: site for site in sites}
     check_unheld(model, name)
     present = adapters(model, name)
@@ -91,6 +89,7 @@ def _put_new(model: nn.Module, sites: list[Site], dropout: float, name: str) -> 
             put(model, sites, dropout, name)
         _check_start(model, name)
     freeze(model)
+    return adapters(model, name)
 
 
 def put(
@@ -180,11 +179,15 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     >>> lora_blip.eject(backbone)
     """
     model = model_of(model, name, 'lora_blip.eject(backbone, "default")')
-    with changing(model), share_routing(model).lock:
-        check_names(model, [] if name is None else [name])
-        refuse_baked(model)
-        _remove_from_all(model, name)
-        clear_if_bare(model)
+
+    def change() -> None:
+        with share_routing(model).lock:
+            check_names(model, [] if name is None else [name])
+            refuse_baked(model)
+            _remove_from_all(model, name)
+            clear_if_bare(model)
+
+    changing(model, change)
 
 
 def _remove_from_all(model: nn.Module, name: str | None) -> None:

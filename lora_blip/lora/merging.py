@@ -1,8 +1,7 @@
 """Write the adapters into the weights, and back."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -46,7 +45,8 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     model = model_of(model, next(iter(names), None), 'lora_blip.merge(backbone, "default")')
     if len(names) == 1 and isinstance(names[0], list | tuple):
         raise LoRAError(f"merge takes names, not a list; call lora_blip.merge(backbone, {', '.join(map(repr, names[0]))})")
-    with writing(model) as hooked:
+
+    def change(hooked: dict[str, Any]) -> None:
         check_names(model, names)
         check_unheld(model, *names)
         chosen = names or set(attached.names(model)) - share_routing(model).dormant
@@ -55,6 +55,8 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
         _require_adapters(model, keys)
         check_mergeable(model, keys)
         fold_all(hooked, keys)
+
+    writing(model, change)
 
 
 def restore(model: nn.Module | Loaded) -> None:
@@ -67,11 +69,15 @@ def restore(model: nn.Module | Loaded) -> None:
     >>> lora_blip.restore(backbone)
     """
     model = model_of(model)
-    with changing(model), share_routing(model).lock:
-        changed = {path: linear for path, linear in adapted_linears(model).items() if linear.lora.original is not None}
-        for path, linear in changed.items():
-            check_stored(path, linear)
-        complete(lambda: write_back_all(changed))
+
+    def change() -> None:
+        with share_routing(model).lock:
+            changed = {path: linear for path, linear in adapted_linears(model).items() if linear.lora.original is not None}
+            for path, linear in changed.items():
+                check_stored(path, linear)
+            complete(lambda: write_back_all(changed))
+
+    changing(model, change)
 
 
 def bake(model: nn.Module | Loaded) -> None:
@@ -86,7 +92,8 @@ def bake(model: nn.Module | Loaded) -> None:
     >>> lora_blip.bake(backbone)
     """
     model = model_of(model)
-    with writing(model) as hooked:
+
+    def change(hooked: dict[str, Any]) -> None:
         dormant = share_routing(model).dormant
         keys = {path: frozenset(k for k in linear.lora if name_of(k) not in dormant) for path, linear in hooked.items()}
         keys = {path: own for path, own in keys.items() if own}
@@ -98,6 +105,8 @@ def bake(model: nn.Module | Loaded) -> None:
         finally:
             setattr(model, BAKED, True)
             clear_if_bare(model)
+
+    writing(model, change)
 
 
 def bake_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
@@ -133,16 +142,22 @@ def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None
         raise LoRAError(f'the model has no adapter to merge{reason}; first call lora_blip.load_adapter(backbone, "latest")')
 
 
-@contextmanager
-def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Hold the model's lock, and prevent entry into `use_adapters` and `disable_adapters`. Raise LoRAError inside a block."""
-    with changing(model), (routing := share_routing(model)).lock:
-        if routing.blocks:
-            raise LoRAError(
-                "a block of `use_adapters` or `disable_adapters` is active, here or in another thread or task, and a merged "
-                "adapter acts on every row; leave that block first"
-            )
-        yield adapted_linears(model)
+def writing(model: nn.Module, change: Callable[[dict[str, Any]], None]) -> None:
+    """Call `change` with {path: linear with adapters}, while no captioner predicts and no thread can enter a block.
+
+    Raise LoRAError inside a block of `use_adapters` or `disable_adapters`.
+    """
+
+    def locked() -> None:
+        with (routing := share_routing(model)).lock:
+            if routing.blocks:
+                raise LoRAError(
+                    "a block of `use_adapters` or `disable_adapters` is active, here or in another thread or task, and a "
+                    "merged adapter acts on every row; leave that block first"
+                )
+            change(adapted_linears(model))
+
+    changing(model, locked)
 
 
 def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:

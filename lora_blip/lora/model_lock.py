@@ -7,14 +7,15 @@ holds no lock.
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from lora_blip.lora.sites import modules_of
 
+Result = TypeVar("Result")
 LOCKS: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()  # in the order of their creation
 if hasattr(os, "register_at_fork"):  # in a forked process, a lock may be held by a thread that does not exist there
     os.register_at_fork(after_in_child=LOCKS.clear)
@@ -25,20 +26,35 @@ def lock_of(model: nn.Module) -> threading.RLock:
     return LOCKS.setdefault(model, threading.RLock())
 
 
-@contextmanager
-def changing(model: nn.Module) -> Iterator[None]:
-    """Hold the lock of a model. Also hold the locks of all models that share a module with it, such as one that contains it.
+def changing(model: nn.Module, work: Callable[[], Result]) -> Result:
+    """Return the result of `work`, which is called while the lock of a model is held.
 
-    The locks are acquired in the order of their creation, so two threads cannot wait for each other.
+    The locks of all models that share a module with it, such as one that contains it, are held too. They are acquired in the
+    order of their creation, so two threads cannot wait for each other.
     """
-    while True:
+    results: list[Result] = []
+    while not results:
         models = related(model)
-        with ExitStack() as held:
-            for each in models:
-                held.enter_context(lock_of(each))
+
+        def attempt(models: list[nn.Module] = models) -> None:
             if related(model) == models:  # otherwise another thread has created a lock meanwhile
-                yield
-                return
+                results.append(work())
+
+        _holding([lock_of(each) for each in models], attempt)
+    return results[0]
+
+
+def _holding(locks: list[threading.RLock], work: Callable[[], None]) -> None:
+    """Call `work` while the locks are held.
+
+    Ctrl-C cannot interrupt `with lock` between the acquisition and the block. A context manager that is written in Python, such
+    as ExitStack, can be interrupted there. Its lock would never be released, and other threads would wait forever.
+    """
+    if not locks:
+        work()
+        return
+    with locks[0]:
+        _holding(locks[1:], work)
 
 
 def related(model: nn.Module) -> list[nn.Module]:

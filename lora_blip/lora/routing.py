@@ -37,9 +37,9 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     beams: how often a beam search repeats each row.
 
     No weight is copied. Each row of a mixed batch has the same result as in a separate batch. If blocks are nested, the
-    innermost one applies. A block applies to the thread or asyncio task that enters it, and to tasks that are started inside.
-    So several threads or tasks can share a model. Do not `yield` from a generator inside the block: the block would apply to
-    the caller too, as with torch.no_grad.
+    innermost one applies, but an adapter stays disabled inside a block of `disable_adapters`. A block applies to the thread or
+    asyncio task that enters it, and to tasks that are started inside. So several threads or tasks can share a model. Do not
+    `yield` from a generator inside the block: the block would apply to the caller too, as with torch.no_grad.
 
     Raise LoRAError for an unknown name, an empty list or merged adapters. The forward raises LoRAError if the batch has another
     number of rows. Two mistakes are not detected: with `beams` > 1, a batch of len(names) · beams different texts, which is

@@ -41,6 +41,8 @@ def own_size(config: Any, name: str) -> int:
 def check_size(size: int, config: Any) -> None:
     """Raise ConfigError if the ViT cannot cut an image of this size into whole patches."""
     patch = config.vision_config.patch_size
+    if type(size) is not int:
+        raise ConfigError(f"image_size = {quoted(size)}: expected a whole number, such as {own_size(config, 'the base')}")
     if size % patch or not 0 < size <= LARGEST:
         below = max(patch, min(size, LARGEST) // patch * patch)
         near = " or ".join(str(fit) for fit in (below, below + patch) if fit <= LARGEST)

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_blip.errors import InputError, ModelError
+from lora_blip.errors import ConfigError, InputError, ModelError
 from lora_blip.kernels import switch
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.lora import attached
@@ -102,6 +102,9 @@ def load_backbone(
     ('blip', 96, 'cpu')
     """
     refuse_loaded(name)
+    for setting, value in (("checkpointing", checkpointing), ("fast", fast)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{setting} = {quoted(value)}: expected True or False")
     source = locate_model(name)
     config, (rest, width) = load_config(source), quantized.split_dtype(dtype)
     kind = quantized.choose(config, name, width)

@@ -699,6 +699,16 @@ def test_an_image_with_nan_keeps_its_position_and_the_others_are_captioned(workp
         captioner(image, strict=True)
 
 
+def test_a_file_that_is_open_for_text_is_an_error_with_the_fix(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    captioner = Captioner.from_adapter("adapter1", max_new_tokens=4)
+    with (
+        open("image_test/000.png", encoding="utf-8") as file,  # noqa: PTH123
+        pytest.raises(InputError, match=r'read\(\) returns str; open it for bytes: open\(path, "rb"\)'),
+    ):
+        captioner(file)  # type: ignore[call-overload]
+
+
 def test_strict_is_a_truth_value(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     captioner = Captioner.from_adapter("adapter1", max_new_tokens=4)

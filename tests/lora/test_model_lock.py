@@ -1,10 +1,14 @@
 """A change of the adapters waits for the lock of the model, and an adapter of a captioner is never active by itself."""
 
+import copy
+import itertools
 import os
+import sys
 import threading
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch import nn
 
 import lora_blip
 from lora_blip.inference.shared_base import shared
-from lora_blip.lora import adapter_file, attached, injection
+from lora_blip.lora import adapter_file, attached, injection, model_lock
 from lora_blip.lora.model_lock import LOCKS, changing, lock_of
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import Backbone
@@ -108,7 +112,16 @@ def test_an_adapter_of_a_captioner_stays_dormant_if_a_part_of_the_model_loses_it
 
 def test_a_captioner_without_an_adapter_waits_for_a_change_that_has_started():
     whole = tree()
-    check_waits(changing(whole[0]), shared, whole)  # it does not hold the lock of `whole`, which does not exist yet
+    thread = threading.Thread(target=shared, args=(whole,))
+
+    def change() -> None:  # it does not hold the lock of `whole`, which does not exist yet
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+
+    changing(whole[0], change)
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_two_threads_that_change_overlapping_models_do_not_wait_forever():
@@ -117,8 +130,7 @@ def test_two_threads_that_change_overlapping_models_do_not_wait_forever():
 
     def work(part: nn.Module) -> None:
         for _ in range(300):
-            with changing(part):
-                pass
+            changing(part, lambda: None)
 
     threads = [threading.Thread(target=work, args=(part,), daemon=True) for part in (*parts, *reversed(parts))]
     for thread in threads:
@@ -126,6 +138,50 @@ def test_two_threads_that_change_overlapping_models_do_not_wait_forever():
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "load_adapter"])
+def test_ctrl_c_at_any_line_of_a_change_leaves_no_lock_held(name, tmp_path, monkeypatch):
+    """Another thread, such as that of a captioner, would otherwise wait forever."""
+    monkeypatch.setattr(model_lock, "LOCKS", WeakKeyDictionary())  # without the many models of other tests, which take long
+    source = tree()
+    nn.init.normal_(lora_blip.inject(source, [Site("0.0", 2)])["0.0"].B)
+    path = lora_blip.save_adapter(tmp_path / "adapter.safetensors", source)
+    lora_blip.eject(source)
+    change = CHANGES.get(name) or (lambda model: lora_blip.load_adapter(model, path, name="loaded"))
+    for stop in itertools.count(1, 7):  # every seventh line of the package and of context managers
+        part = copy.deepcopy(source)
+        whole = nn.Sequential(part, nn.Linear(4, 4))
+        lora_blip.inject(part, [Site("0.0", 2)])
+        locks, lines = [lock_of(part), lock_of(whole)], 0
+
+        def interrupt(frame: Any, event: str, _argument: Any) -> Any:
+            nonlocal lines
+            if not any(part in frame.f_code.co_filename for part in ("lora_blip/lora", "contextlib.py")):
+                return None
+            lines += event == "line"
+            if lines == stop and event == "line":
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            change(part)
+        except BaseException:
+            done = False
+        else:
+            done = True
+        finally:
+            sys.settrace(None)
+            torch.set_grad_enabled(True)  # an interrupted torch.no_grad may leave them off
+        free: list[bool] = []
+        thread = threading.Thread(target=lambda: free.extend(lock.acquire(timeout=5) for lock in locks))
+        thread.start()
+        thread.join()
+        assert free == [True, True], stop
+        if done:
+            break
+    assert stop > 30
 
 
 def test_a_captioner_and_a_change_use_the_same_lock():
