@@ -27,6 +27,8 @@ from lora_blip.lora.model_lock import changing
 from lora_blip.lora.sites import name_of
 from lora_blip.lora.variants import FUSED, change_of, original_of
 
+BLOCK = 2**18  # elements of ΔW that a merge in place computes at a time
+
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:
     """Replace W by W + Σ ΔW of the named adapters. Without names, merge all adapters that belong to no `Captioner`.
@@ -216,19 +218,33 @@ def bound_of(linear: Any, keys: frozenset[str]) -> float:
 def fold(linear: Any, keys: frozenset[str]) -> None:
     """Write original + Σ ΔW of `keys` into the weight, and keep the original."""
     stack: AdapterStack = linear.lora
-    loras = [stack[key] for key in keys]
-    # one float32 sum, which needs no copy of W
-    in_place = len(loras) == 1 and type(loras[0]) in FUSED and linear.weight.dtype == loras[0].A.dtype == torch.float32
-    merged = cast(LoRA, loras[0]).delta_weight() if in_place else summed(linear, keys)
+    in_place = adds_in_place(linear, keys)
+    merged = None if in_place else summed(linear, keys)
     if stack.original is None:
         stack.original = linear.weight.detach().clone()
     elif in_place:
         linear.weight.copy_(stack.original)
-    if in_place:
-        linear.weight.add_(merged)
+    if merged is None:
+        add_in_place(linear.weight, cast(LoRA, stack[min(keys)]))
     else:
         linear.weight.copy_(merged)
     stack.merged = frozenset(keys)
+
+
+def adds_in_place(linear: Any, keys: frozenset[str]) -> bool:
+    """Return True if W + ΔW is one float32 sum, which `add_in_place` computes without a copy of W."""
+    loras = [linear.lora[key] for key in keys]
+    float32 = all(tensor.dtype == torch.float32 for lora in loras for tensor in (linear.weight, lora.A, lora.B))
+    return float32 and len(loras) == 1 and type(loras[0]) in FUSED
+
+
+def add_in_place(weight: Tensor, lora: LoRA) -> None:
+    """Write W + ΔW into W as `summed` computes it, some rows at a time: a whole ΔW would need new memory, which is slow."""
+    rows = max(1, BLOCK // max(1, weight.shape[1]))
+    target = weight[lora.padding[0] : len(weight) - lora.padding[1]]
+    with torch.autocast(weight.device.type, enabled=False):
+        for first in range(0, len(target), rows):
+            target[first : first + rows].add_((lora.B[first : first + rows] @ lora.A).mul_(lora.scale))
 
 
 @torch.no_grad()
