@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-_imported_in = _loaded_in = os.getpid()  # _loaded_in: the process of the last call
-_was_called = False
+_imported_in = os.getpid()
+_loaded_in = 0  # the process of the last call; 0: there was none
 
 
 def restart_thread_pool() -> None:
@@ -19,16 +19,16 @@ def restart_thread_pool() -> None:
     If the parent has loaded a model, it may have started the threads of OpenMP. They do not exist in the child, and an
     operation that needs them waits forever. So the child uses one thread, as a worker of `torch.utils.data.DataLoader` does.
     """
-    global _loaded_in, _was_called
+    global _loaded_in
     process = os.getpid()
     if process not in (_imported_in, _loaded_in):
         threads = torch.get_num_threads()
-        torch.set_num_threads(1 if _was_called else threads)
-        if _was_called and threads > 1:
+        torch.set_num_threads(1 if _loaded_in else threads)
+        if _loaded_in and threads > 1:
             print(
                 "note: this process was forked from one that had loaded a model, so PyTorch uses one thread here; for more, "
                 "start it by multiprocessing.get_context('spawn')",
                 file=sys.stderr,
                 flush=True,
             )
-    _loaded_in, _was_called = process, True
+    _loaded_in = process
