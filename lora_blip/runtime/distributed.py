@@ -22,13 +22,15 @@ from lora_blip.runtime.limits import follows_lost_peer
 Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=2)  # how long a rank waits for the slowest, which may generate a whole block of texts
 
-# Tensors that gloo may still use. A thread of gloo can hold the last reference to a tensor after the collective has ended.
-# The thread needs the GIL to release the tensor. This causes two problems at the end of a process:
-# - If Python ends first, the process aborts ("terminate called without an active exception").
-# - If the reducer of DistributedDataParallel holds the GIL and waits for the thread, both wait forever.
-# So each process waits at its end until gloo has released these tensors. Objects are encoded with two private helpers of torch
-# because the tensors of `all_gather_object` cannot be recorded here.
+# A thread of gloo can hold the last reference to a Python object after the collective has ended: to a tensor, or to the context
+# in which autograd started the collective. It needs the GIL to release the object. This causes two problems at the end.
+# - If Python ends first, the process aborts ("terminate called without an active exception"). So each process waits until gloo
+#   has released the tensors in IN_USE. Objects are encoded with two private helpers of torch, because the tensors of
+#   `all_gather_object` cannot be recorded here.
+# - The destructor of a process group waits for the threads. The destructor of a DistributedDataParallel that has the last
+#   reference to the group calls it and holds the GIL, so both wait forever. So GROUPS keeps a reference to each group.
 IN_USE: list[weakref.ref[Tensor]] = []
+GROUPS: list[distributed.ProcessGroup | None] = []
 CPU = torch.device("cpu")
 RELEASE_TIME = 5.0  # seconds that a process waits at its end until gloo has released its tensors
 
@@ -173,6 +175,7 @@ def joined() -> Iterator[Ranks]:
     store = distributed.PrefixStore(f"life {restart}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=count)
+    GROUPS.append(distributed.group.WORLD)
     ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
         torch.cuda.set_device(ranks.local)
