@@ -251,8 +251,8 @@ def group_columns(scores: ModelScores, task: PredictionTask) -> dict[str, Column
     groups = list(dict.fromkeys(lines[0].group for lines in scores.lines))
     if not 1 < len(groups) <= MOST_GROUPS:
         return {}
-    label = {"vqa": "VQA accuracy", "retrieval": "R@1 image→text"}.get(task.name, "exact match")
-    column_of_all, columns = scores.columns[label], {}
+    label, columns = task.correctness_name, {}
+    column_of_all = scores.columns[label]
     for group in groups:
         indices = [i for i, lines in enumerate(scores.lines) if lines[0].group == group]
         column = Column([column_of_all.values[i] for i in indices], [column_of_all.images[i] for i in indices])

@@ -36,7 +36,7 @@ def write_gallery(
     note = f"The first {len(cards):,} of {count:,} are on this page; {FILE_NAME} contains all." if count > len(cards) else ""
     return report.write(
         folder / GALLERY_NAME, f"{task.name}: {facts.get('images', '')}", [], cards, facts=facts, most_pictures=SHOWN,
-        model_name=model_name, score_name="VQA accuracy" if task.takes_question else "exact match", facts_title="This run",
+        model_name=model_name, score_name=task.correctness_name, facts_title="This run",
         note=note, open_picture=lambda image: open_example(pictures[image]),
     )  # fmt: skip
 

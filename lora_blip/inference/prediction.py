@@ -121,8 +121,7 @@ def report(task: PredictionTask, references: dict[Path, list[Example]], texts: d
             kind = 'answers to these questions; add "answers"' if task.takes_question else 'texts of these images; add "text"'
             print(f"no score: the references contain no {kind} to their lines in the file of REFERENCES (--references)")
         return
-    label = "VQA accuracy" if task.takes_question else "exact match"
-    print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in texts))
+    print(f"{task.correctness_name:<24}{'images':>8}" + "".join(f"{name:>9} " for name in texts))
     for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:
         members = [key for key in scored if group in ("all", lines[key][0].group)]
         if not group or (group != "all" and len(members) == len(scored)):
@@ -132,3 +131,5 @@ def report(task: PredictionTask, references: dict[Path, list[Example]], texts: d
             for text_of in texts.values()
         ]
         print(f"{printable(group):<24}{len(members):>8}" + "".join(f"{share:>9.1%} " for share in shares))
+    if "adapted" in texts:
+        print("infer does not check if these images are in the training data of the adapter; `lora-blip evaluate` does")

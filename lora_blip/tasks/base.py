@@ -81,6 +81,7 @@ class BaseTask(ABC):
     example_checkpoint: ClassVar[str]  # one of them, for messages
     takes_question: ClassVar[bool] = False  # True: an example has a question, and its prediction is an answer
     writes_text: ClassVar[bool] = True  # True: a prediction is a generated text
+    correctness_name: ClassVar[str] = "exact match"  # what `correctness` returns
     needs_negatives: ClassVar[bool] = False  # True: the loss compares lines, so a dataset's item has one line
     score_names: ClassVar[tuple[str, ...]]  # names of `scores`; higher is better; the first selects the best adapter
     encoder: ImageEncoder

@@ -60,6 +60,7 @@ class RetrievalTask(Task[TokenizedTexts]):
     architectures = ("BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval")
     example_checkpoint = "Salesforce/blip-itm-base-coco"
     writes_text = False
+    correctness_name = "R@1 image→text"
     needs_negatives = True
     score_names = ("recall_at_1", *(f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in RECALLS))
 

@@ -32,6 +32,7 @@ class VqaTask(TextTask):
 
     name = "vqa"
     takes_question = True
+    correctness_name = "VQA accuracy"
     architectures = ("BlipForQuestionAnswering", "BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
     example_checkpoint = "Salesforce/blip-vqa-base"
     score_names = ("vqa_accuracy",)

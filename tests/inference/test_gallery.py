@@ -87,7 +87,12 @@ def page_of(folder: Path, texts: list[str]) -> Path:
     (folder / ERRORS_NAME).write_text(json.dumps({"image": str(image), "question": texts[-1], "error": texts[-1]}) + "\n")
     references = {image: [replace(example, answers=(text,)) for example, text in zip(examples, texts, strict=True)]}
     task: Any = SimpleNamespace(
-        name="vqa", takes_question=True, writes_text=True, subject=lambda e: e.question, correctness=lambda *_: 0.5
+        name="vqa",
+        takes_question=True,
+        writes_text=True,
+        correctness_name="VQA accuracy",
+        subject=lambda e: e.question,
+        correctness=lambda *_: 0.5,
     )
     facts = {"images": texts[0], texts[1]: texts[2]}
     return gallery.write_gallery(folder, task, examples, references, facts, "adapted", len(texts))
@@ -103,6 +108,26 @@ def test_untrusted_texts_add_no_tag_to_a_gallery(tmp_path):
         assert card["question"] == card["adapted"] == card["base"] == text
         assert card["references"] == [text] and card["ranking"] == [[text, 1.0]]
     assert data["score_name"] == "VQA accuracy" and data["cards"][0]["score"] == 0.5
+
+
+def test_rankings_have_the_score_of_retrieval(config, checkpoints, capsys):
+    """The table and the page name recall at 1, which `evaluate` prints too."""
+    Path("refs.jsonl").write_text("".join(json.dumps({"image": f"photos/{n}.png", "text": "a"}) + "\n" for n in range(2)))
+    infer(replace(config, model=str(checkpoints["itm"]), texts="a|b", references="refs.jsonl", max_new_tokens=0))
+    printed = capsys.readouterr().out
+    assert "\nR@1 image→text " in printed and "exact match" not in printed
+    assert read(Path("out", GALLERY_NAME))["score_name"] == "R@1 image→text"
+
+
+@pytest.mark.parametrize("name", ["base", "adapted"])
+def test_scores_of_an_adapter_say_that_training_images_are_not_searched(capsys, name):
+    task: Any = SimpleNamespace(
+        takes_question=False, writes_text=True, subject=lambda e: e.image, correctness=lambda *_: 1.0, correctness_name="match"
+    )
+    example = replace(example_of("a.png"), text="a cube")
+    report(task, {example.image: [example]}, {name: {example.image: "a cube"}})
+    printed = capsys.readouterr().out
+    assert "100.0%" in printed and ("`lora-blip evaluate` does" in printed) == (name == "adapted")
 
 
 @pytest.mark.parametrize(("takes_question", "key"), [(False, "text"), (True, "answers")])
