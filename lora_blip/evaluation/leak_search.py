@@ -1,6 +1,7 @@
 """Search the training data of an adapter for evaluation images."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 MOST_ADAPTERS = 16  # initial adapters of initial adapters that are searched
+EARLIER_DATA = "not searched: the earlier training data of this run, which was resumed with other data (ALLOW_CHANGED)"
 
 
 class LeakSearch(NamedTuple):
@@ -36,17 +38,13 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
         return LeakSearch([], "not searched: --train-annotations is none")
     if config.train_annotations:
         return _search(config.train_annotations, config.train_image_root, keys_of(config), config, examples)
-    settings = _settings_of(adapter)
-    root = config.train_image_root or str(settings.get("image_root", ""))
-    searches = [_search(str(settings.get("annotations", "")), root, _keys_of(settings), config, examples)]
+    searches = _search_data_of(adapter, config, examples)
     for earlier in initial_adapters(adapter):
         if isinstance(earlier, str):
             searches.append(LeakSearch([], earlier))
             continue
-        settings = _settings_of(earlier)
-        source, root = str(settings.get("annotations", "")), str(settings.get("image_root", ""))
-        found = _search(source, root, _keys_of(settings), config, examples)
-        searches.append(LeakSearch(found.leaks, f"of the initial adapter {earlier.path.parent.name}: {found.note}"))
+        for found in _search_data_of(earlier, replace(config, train_image_root=""), examples):
+            searches.append(LeakSearch(found.leaks, f"of the initial adapter {earlier.path.parent.name}: {found.note}"))
     first = {leak.evaluation: leak for search in reversed(searches) for leak in search.leaks}
     leaks = [first[image] for image in dict.fromkeys(example.image for example in examples) if image in first]
     return LeakSearch(leaks, "; ".join(dict.fromkeys(search.note for search in searches)))
@@ -71,6 +69,15 @@ def initial_adapters(adapter: Adapter | None) -> Iterator[Adapter | str]:
             yield f"not searched: the training data of the initial adapter {quoted(path)}, which has changed"
             return
         yield adapter
+
+
+def _search_data_of(adapter: Adapter | None, config: EvaluateConfig, examples: list[Example]) -> list[LeakSearch]:
+    """Search the training data that an adapter file names. A second result is only a note, if the run had earlier data too."""
+    training = adapter.metadata.get("training", {}) if adapter else {}
+    settings = _settings_of(adapter)
+    root = config.train_image_root or str(settings.get("image_root", ""))
+    found = _search(str(settings.get("annotations", "")), root, _keys_of(settings), config, examples)
+    return [found, *([LeakSearch([], EARLIER_DATA)] if training.get("data_changed") else [])]
 
 
 def _settings_of(adapter: Adapter | None) -> dict[str, Any]:

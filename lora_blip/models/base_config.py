@@ -20,9 +20,10 @@ from lora_blip.models.generation import OPTIONS
 from lora_blip.models.library import Quiet
 from lora_blip.models.unsupported import refuse_folder, unsupported_kind
 from lora_blip.models.weight_names import SAFE_INDEX, SAFE_WEIGHTS, without_prefix
+from lora_blip.runtime.runs import LARGEST_CONFIG
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, parsed, quoted
 
-LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the index of weights in many files
+LARGEST_INDEX = 2**26  # bytes of the index of weights in many files
 LARGEST_NUMBER = 2**20  # of any number in a config; four times the largest vocabulary of known language models
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 LANGUAGE_MODELS = ("opt", "t5")

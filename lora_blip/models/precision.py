@@ -31,8 +31,11 @@ def pick_device(device: str) -> torch.device:
 
 
 def _reason(device: str, error: Exception) -> str:
-    """Return why a device cannot be used. For an unknown name, torch lists more than twenty types."""
-    known = device.partition(":")[0] in ("cpu", "cuda", "mps")
+    """Return why a device cannot be used. For an unknown name and for mps, torch lists more than twenty types."""
+    kind = device.partition(":")[0]
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "PyTorch finds no Apple GPU"
+    known = kind in ("cpu", "cuda", "mps")
     return first_line(error) if known or "device type" not in str(error) else "expected cpu, cuda, cuda:1, mps or auto"
 
 

@@ -33,6 +33,11 @@ def exact(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def rounded(value: float) -> float:
+    """Return the number rounded to 8 significant digits, the precision of float32."""
+    return float(f"{value:.8g}")
+
+
 def steps_of(training: Mapping[str, Any]) -> str:
     """Return the number of steps in the metadata of an adapter: "1 step", "1,200 steps", or "? steps" if it is not there."""
     steps = training.get("steps")

@@ -16,7 +16,7 @@ from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME, PEFT_CONFIG
 from lora_blip.runtime.command_line import this_command
 from lora_blip.runtime.hub_adapters import fetch, is_name
 from lora_blip.runtime.system_errors import file_error
-from lora_blip.runtime.untrusted import is_too_long, quoted
+from lora_blip.runtime.untrusted import is_too_long, open_regular, quoted
 from lora_blip.runtime.user_paths import nearest_path
 
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
@@ -25,6 +25,7 @@ CHECKPOINT = re.compile(r"(\d{6,})_step\d+")  # the name of a checkpoint's folde
 LONGEST_PART = 40  # characters of the base and of the targets in the name of a run; a file system allows 255 bytes in all
 
 NAMED = 5  # largest number of runs that an error names
+LARGEST_CONFIG = 2**21  # bytes of a config.json that is read
 
 
 def run_name(task: str, base: str, targets: str, now: datetime) -> str:
@@ -144,7 +145,8 @@ def is_adapter(name: str | Path) -> bool:
     if not is_run(path) and not any(path.glob(f"*/{ADAPTER_NAME}")):
         return False
     try:
-        return "model_type" not in json.loads((path / "config.json").read_text(encoding="utf-8"))
+        with open_regular(path / "config.json", LARGEST_CONFIG) as file:
+            return "model_type" not in json.loads(file.read())
     except (OSError, ValueError, TypeError, RecursionError):
         return True
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_blip.data.example import Example
 from lora_blip.runtime.counts import counted
@@ -49,6 +50,13 @@ class Best:
     min_improvement: float = 0.0
     improved: int = 0  # step of the last improvement
     reached: float = -math.inf  # score of the last improvement
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], min_improvement: float) -> "Best":
+        """Return the best validation that a checkpoint contains. Older checkpoints lack `improved` and `reached`."""
+        rank = (state["rank"][0], state["rank"][1])
+        improved, reached = state.get("improved", state["step"]), state.get("reached", rank[0])
+        return cls(state["by"], state["step"], state["stale"], rank, min_improvement, improved, reached)
 
     def record(self, step: int, scores: dict[str, float]) -> bool:
         """Record a validation and return True if it is the best so far. NaN is never better."""

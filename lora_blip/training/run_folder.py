@@ -20,7 +20,7 @@ from lora_blip.lora import adapter_file
 from lora_blip.metrics.names import named_score
 from lora_blip.runtime import lock
 from lora_blip.runtime.command_line import this_command
-from lora_blip.runtime.counts import counted
+from lora_blip.runtime.counts import counted, rounded
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import FULL, make_whole, open_to_append, room_for, sweep, unused_path, write_new, write_whole
 from lora_blip.runtime.progress import phase, remaining_time
@@ -57,6 +57,7 @@ class Run:
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
         self.images, self.earlier = 0, learner.progress.step  # images since the last logged step; steps of earlier processes
         self.last_scores: dict[str, Any] = {}  # scores of the last validation, and its step
+        self.data_changed = False  # True: before a resume, the run had other training lines
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
@@ -69,6 +70,8 @@ class Run:
         )  # fmt: skip
         self.closing.enter_context(phase(self.state))
         if saved:
+            same = saved.state.get("identity", {}).get("training lines") == identity["training lines"]
+            self.data_changed = saved.state["run"].get("data_changed", False) or not same
             self._restore_scores(saved.state["run"])
         learner.ranks.on_main(lambda: self._open(saved, closing))
         self.folder = learner.ranks.broadcast(self.folder)
@@ -77,9 +80,7 @@ class Run:
         """Restore the last and the best scores, on every process: each process itself decides when `patience` is exhausted."""
         self.last_scores, best = state["last"], state["best"]
         if best["by"] == self.best.by:  # scores of another BEST_BY cannot be compared
-            rank = (best["rank"][0], best["rank"][1])
-            improved, reached = best.get("improved", best["step"]), best.get("reached", rank[0])  # older checkpoints lack these
-            self.best = Best(best["by"], best["step"], best["stale"], rank, self.config.min_improvement, improved, reached)
+            self.best = Best.restored(best, self.config.min_improvement)
 
     def _open(self, saved: Saved | None, closing: ExitStack) -> None:
         """Create or restore the folder, lock it, and open metrics.jsonl and TensorBoard."""
@@ -230,6 +231,8 @@ class Run:
         is_validated = self.last_scores.get("step", step) == step  # older checkpoints lack the step
         scores = {key: value for key, value in self.last_scores.items() if is_validated and key != "step"}
         summary = {"steps": step, **extra, **scores, "settings": stored_settings(self.config)}
+        if self.data_changed:
+            summary["data_changed"] = True
         if source := self.identity.get("init_adapter"):
             summary["init_adapter"] = {"path": self.config.init_adapter, "sha256": source}
         task = self.learner.task
@@ -261,7 +264,7 @@ class Run:
         state["identity"] = self.identity
         state["run"] = {
             "name": self.folder.name, "metrics": metrics, "seconds": self.checkpointed - self.started,
-            "last": self.last_scores, "best": asdict(self.best),
+            "last": self.last_scores, "best": asdict(self.best), "data_changed": self.data_changed,
         }  # fmt: skip
         checkpoint.write(folder, self.learner.progress.step, tensors, state, folder / BEST_NAME, self.config.keep_checkpoints)
 
@@ -293,8 +296,3 @@ class Run:
         """Close the progress bar and the files."""
         self.bar.close()
         self.closing.close()
-
-
-def rounded(value: float) -> float:
-    """Return the number rounded to 8 significant digits, the precision of float32."""
-    return float(f"{value:.8g}")

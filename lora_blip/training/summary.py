@@ -110,14 +110,14 @@ def evaluate_line(
         same_images = root and existing.parent in (source, source.parent) and not _has_own_images(existing)
         flags = [ROOT, str(root)] if same_images else []
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
-    missing = (
-        ""
-        if existing or val_annotations
-        else f" (write their images and {'questions with answers' if task == 'vqa' else 'texts'} to test.jsonl first)"
-    )
-    chosen = f"the images of {existing.name}" if existing else ""
-    images = chosen or ("the validation images" if val_annotations else "images that training has not used")
-    return printable(f"to score it on {images}{missing}: {command}")
+    if existing:
+        images = f"the images of {existing.name}"
+    elif val_annotations:
+        images = "the validation images"
+    else:
+        kind = "questions with answers" if asks else "texts"
+        images = f"images that training has not used (write their images and {kind} to test.jsonl first)"
+    return printable(f"to score it on {images}: {command}")
 
 
 def reading_flags(config: TrainConfig) -> list[str]:

@@ -207,6 +207,10 @@ def test_the_training_data_of_the_initial_adapter_are_searched_too(checkpoints, 
     assert "0 found among the 1 image of" in figures["facts"]["leaks"]
     assert f"of the initial adapter run: 3 found among the 3 images of {refs}" in figures["facts"]["leaks"]
     assert "WARNING: 3 of 3 evaluation images are in the training data" in capsys.readouterr().out
+    training["data_changed"] = True
+    adapter_file.write(second, content.tensors, content.metadata | {"training": training})
+    note = evaluated(refs, adapter=str(second), output_dir="changed")[0]["facts"]["leaks"]
+    assert "not searched: the earlier training data of this run" in note and "3 found among the 3 images" in note
     first.unlink()
     note = evaluated(refs, adapter=str(second), output_dir="again")[0]["facts"]["leaks"]
     assert note.endswith(f"not searched: the training data of the initial adapter {str(first)!r}, which cannot be read")

@@ -74,3 +74,11 @@ def test_an_unknown_device_names_the_devices_that_are_used():
     with pytest.raises(ModelError) as error:
         pick_device("gpu")
     assert "device 'gpu' cannot be used here (expected cpu, cuda, cuda:1, mps or auto)" in str(error.value)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has an Apple GPU")
+def test_mps_without_an_apple_gpu_has_a_short_message():
+    """torch's own message lists more than fifty backends."""
+    with pytest.raises(ModelError) as error:
+        pick_device("mps")
+    assert str(error.value).startswith("device 'mps' cannot be used here (PyTorch finds no Apple GPU); set DEVICE")

@@ -7,7 +7,7 @@ import pytest
 
 from lora_blip.errors import AdapterError
 from lora_blip.inference.setup import read_adapter
-from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, CHECKPOINTS_NAME, locate, locate_initial
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, CHECKPOINTS_NAME, LARGEST_CONFIG, is_adapter, locate, locate_initial
 
 
 def test_the_best_weights_of_the_newest_run_are_used_also_if_it_was_killed(tmp_path: Path) -> None:
@@ -73,3 +73,16 @@ def test_a_folder_without_a_run_is_not_suggested(tmp_path: Path, monkeypatch: py
     (tmp_path / "lora_blip_outputs" / "run" / CHECKPOINTS_NAME).mkdir(parents=True)
     with pytest.raises(AdapterError, match="did you mean 'lora_blip_outputs'"):
         locate("lora_blip_output")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_config_that_cannot_be_read_does_not_block(tmp_path: Path) -> None:
+    """A pipe has no writer and would block forever. A file that is too large is not read either."""
+    (tmp_path / ADAPTER_NAME).touch()
+    os.mkfifo(tmp_path / "config.json")
+    assert is_adapter(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    assert not is_adapter(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}' + " " * LARGEST_CONFIG)
+    assert is_adapter(tmp_path)

@@ -377,6 +377,7 @@ def test_out_of_memory_saves_and_prints_settings_that_need_less(checkpoints, tmp
         train(smaller)
     path = train(replace(smaller, allow_changed=True))
     assert [entry["step"] for entry in metrics_of(path) if "loss" in entry] == list(range(1, 9)) and path.parent == run
+    assert "data_changed" not in adapter_file.read(path).metadata["training"]  # the lines are the same
 
 
 # ---------------------------------------------------------------- not the same run
@@ -405,8 +406,9 @@ def test_a_changed_run_is_refused_with_the_name_of_the_change(checkpoints, tmp_p
     capsys.readouterr()
     assert train(replace(config, epochs=1)).parent != run
     assert "was interrupted, and this start does not resume it, because epochs was 2 and is 1" in capsys.readouterr().out
-    train(replace(here, allow_changed=True))
+    path = train(replace(here, allow_changed=True))
     assert "continuing although" in capsys.readouterr().out
+    assert adapter_file.read(path).metadata["training"]["data_changed"] is True
 
 
 def test_only_the_newest_interrupted_run_is_described():
