@@ -14,8 +14,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import jupytext
 import nbformat
@@ -196,6 +198,38 @@ def write_pages(lessons: list[str]) -> None:
     shutil.copy(site / "conf.py", page("conf.py"))
 
 
+class Links(HTMLParser):
+    """The anchors of a page, and the addresses to which it links."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors, self.addresses = set[str](), list[str]()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002  (as in HTMLParser)
+        for name, value in attrs:
+            if name == "id" and value:
+                self.anchors.add(value)
+            elif name in ("href", "src") and value:
+                self.addresses.append(value)
+
+
+def dead_links(folder: Path) -> list[str]:
+    """Return the links of the pages in a folder whose file or anchor does not exist. Links to other sites are not checked."""
+    pages = {path.resolve(): Links(path) for path in folder.rglob("*.html")}
+    dead = []
+    for path, page in pages.items():
+        for address in page.addresses:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            anchors = pages[target].anchors if target in pages else set()
+            if not target.exists() or (parts.fragment and target in pages and unquote(parts.fragment) not in anchors):
+                dead.append(f"{path.relative_to(folder.resolve())}: {address}")
+    return dead
+
+
 def main() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     lessons = write_lessons()
@@ -204,6 +238,8 @@ def main() -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(SOURCE), str(BUILD / "html")]
     if subprocess.run(command, check=False).returncode:
         sys.exit("The site has the problems that are listed above. Fix them in the pages, lessons or docstrings.")
+    if dead := dead_links(BUILD / "html"):
+        sys.exit("\n".join([*dead, f"The site has {len(dead)} links without a target. Fix them in the pages or docstrings."]))
     print(f"site: {(BUILD / 'html' / 'index.html').as_uri()}\nnotebooks for Colab: {NOTEBOOKS}")
     if "/OWNER/" in REPOSITORY:
         print("the notebooks have no address of a repository; for Colab: make docs REPOSITORY=https://…")

@@ -56,6 +56,18 @@ def block_math(translator: Any, node: Any) -> None:
     raise nodes.SkipNode
 
 
+def without_dead_links(_app: Any, name: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """Remove the links of the source pages to anchors and pages that do not exist.
+
+    The list of modules has no anchors, because a name would then have two. The methods that Python adds to a NamedTuple have
+    no source page.
+    """
+    if name.startswith("_modules/"):
+        context["body"] = re.sub(r'<a class="viewcode-back"[^>]*>.*?</a>', "", context["body"])
+        context["body"] = re.sub(r'<li><a href="namedtuple_\w+\.html">.*?</li>', "", context["body"])
+
+
 def setup(app: Any) -> None:
+    app.connect("html-page-context", without_dead_links)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("autodoc-process-docstring", docstring)
