@@ -114,9 +114,10 @@ An arrow means "imports". Arrows that follow from others are left out. Training 
 |---|---|---|---|
 {chr(10).join(rows)}
 
-## The files on the way of one caption
+## The files that compute the gradient of one caption
 
-These files run between a line of the annotation file and the gradient of A, in the order of their first call:
+These files run between a line of the annotation file and the gradient of A, in the order of their first call. The training
+loop is left out:
 {len(paths[False])} with `FAST = False`, and {len(paths[True])} by default.
 
 | `FAST = False` | by default |

@@ -64,6 +64,7 @@ def read(
     on_bad_data: str = "stop",
     check: Callable[[Example], str] | None = None,
     decode: bool = True,
+    find_all: bool = True,
     pretokenize: Callable[[list[Example]], None] | None = None,
     trim: Callable[[Example], Example] | None = None,
     report: Callable[[Any], object] = print,
@@ -80,19 +81,18 @@ def read(
 
     image_root: the folder that image paths are relative to. Empty: the folder of the file.
     check: a task's check. It returns why the task cannot use an example, or "" if it can.
-    decode: if True, decode each image once, to find missing and damaged images. If False, open no image.
+    decode: if True, decode each image once, to find missing and damaged images. If False, open no image. find_all: find each
+    image that has moved. If False, search the other images only if one of the first has moved.
     pretokenize: called with up to CHUNK examples before they are checked. trim: removes the task's prompt from the texts.
     report: called with each message, such as the one about ignored keys, and at the end with a table of what was read.
     on_decoded: called with each image file and its decoded image, from several threads.
-    keys: the names of the columns or keys, if they are not common names.
-    splits: a dict to which valid lines are added by split (train, val, test), if they have the key or column `split`.
-    groups: collects the group of each image file. setting: the setting that gives the source, for messages.
+    keys: the names of the columns or keys, if they are not common names. splits: a dict to which valid lines are added by split
+    (train, val, test), if they have one. groups: collects the group of each image file. setting: its name, for messages.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
     source = Path(source)
-    valid_lines: list[Example] = []
-    problems: list[Problem] = []
+    valid_lines, problems = list[Example](), list[Problem]()
     notes: list[Callable[[], list[str]]] = []  # each returns texts about a file, for the table
     with many_objects():
         for path, root, entries, describe in sources_of(source, keys, setting, splits is not None):
@@ -101,7 +101,7 @@ def read(
                 path, entries if groups is None else partial(observed, entries, builder.group_entries, groups), builder, report
             )
             parsed = trimmed(path, parsed, trim, report) if trim else parsed
-            broken = _find_moved(parsed, builder, decode, report)
+            broken = _find_moved(parsed, builder, decode, find_all, report)
             if decode:
                 files = {example.file for example in parsed if isinstance(example, Example)} - broken.keys()
                 broken |= undecodable(files, on_decoded, report)
@@ -208,15 +208,15 @@ def _parsed(
 
 
 def _find_moved(
-    parsed: list[Example | tuple[Location, str]], builder: ExampleBuilder, decode: bool, report: Callable[[str], object]
-) -> dict[str, str]:
+    parsed: list[Example | tuple[Location, str]], builder: ExampleBuilder, decode: bool, find_all: bool,
+    report: Callable[[str], object],
+) -> dict[str, str]:  # fmt: skip
     """Set the new paths of moved images in `parsed`. If `decode`, return {image file: reason} for the images not found."""
     firsts = ((name, first.file) for name, first in builder.firsts.items())
-    moved, missing = moved_images(firsts, builder.root, decode, lambda text: report(printable(f"{builder.source}: {text}")))
-    if moved:
-        for example in parsed:
-            if isinstance(example, Example) and example.file in moved:
-                IMAGE_SLOT.__set__(example, moved[example.file])
+    moved, missing = moved_images(firsts, builder.root, find_all, lambda text: report(printable(f"{builder.source}: {text}")))
+    for example in parsed if moved else ():
+        if isinstance(example, Example) and example.file in moved:
+            IMAGE_SLOT.__set__(example, moved[example.file])
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
         first = next(iter(builder.firsts))
         fix = long_path_advice(builder.root / first) or "set IMAGE_ROOT (--image-root) to the folder of the images"

@@ -18,6 +18,7 @@ from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
+BOOLEANS = {"TRUE": "yes", "FALSE": "no"}  # as spreadsheet programs write them into a CSV
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
@@ -62,7 +63,7 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
         return
     first = first[titles_above([row if isinstance(row, list) else [] for _, row in first], keys) :]
     number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
-    names = _names(header)
+    names = list(map(plain_name, header))
     below = [row for at, row in first if isinstance(row, list) and at != number and len(row) == len(header)]
     if not (keys.named or is_header(names)) and not _is_header_row(header, below, needs_header):
         yield from _without_header(chain(first, rows), first)
@@ -85,14 +86,20 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
 
 
 def titles_above(rows: list[list[str]], keys: Keys) -> int:
-    """Return the number of rows with one cell that are above a row with known or named columns.
+    """Return the number of rows with one cell above a header: titles, as in a sheet that was saved as CSV.
 
-    They are titles, as in a sheet that a spreadsheet program has saved as CSV. Return 0 if there is no such row.
+    A header has known or named columns, or it has no name of an image and is above a row that has one.
     """
     for number, row in enumerate(rows[: MOST_TITLES + 1]):
         if sum(bool(cell.strip()) for cell in row) != 1:
-            return number if has_known_columns(row, keys) else 0
+            above_images = not _has_image(row) and any(len(each) == len(row) and _has_image(each) for each in rows[number:])
+            return number if has_known_columns(row, keys) or above_images else 0
     return 0
+
+
+def _has_image(row: list[str]) -> bool:
+    """Return True if a cell is the name or the address of an image."""
+    return any("://" in cell or IMAGE_NAME.fullmatch(cell.strip()) for cell in row)
 
 
 def has_known_columns(row: list[str], keys: Keys) -> bool:
@@ -157,23 +164,19 @@ def _is_comment(row: Row) -> bool:
     return isinstance(row[1], list) and bool(row[1]) and row[1][0].startswith("#")
 
 
-def _names(header: list[str]) -> list[str]:
-    return list(map(plain_name, header))
-
-
 VIA_TABLE = "this is a table of VIA, whose texts are inside JSON; in VIA, export the annotations as JSON, and give this file"
 
 
 def is_header(cells: Iterable[str]) -> bool:
     """Return True if the cells contain a known name for the image, and one for the text or the question."""
-    names = set(_names(list(cells)))
+    names = set(map(plain_name, cells))
     has_text = names.intersection((*TEXT_KEYS, "question")) or numbered_names([*names], False)
     return bool(names.intersection(IMAGE_KEYS) and has_text)
 
 
 def _is_header_row(header: list[str], below: list[list[str]], needs_header: bool) -> bool:
     """Return True if the first row is a header with unknown names, and not data."""
-    if len(header) < 2 or any("://" in cell or IMAGE_NAME.fullmatch(cell.strip()) for cell in header):
+    if len(header) < 2 or _has_image(header):
         return needs_header and len(header) < 2
     return needs_header or any(IMAGE_NAME.fullmatch(cell.strip()) for row in below for cell in row)
 
@@ -183,7 +186,7 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
 
     Raise DataError if the column of the image or of the text is unknown.
     """
-    names, lower = _names(header), [cell.strip().lower() for cell in header]
+    names, lower = list(map(plain_name, header)), [cell.strip().lower() for cell in header]
     result, taken = list(names), set()
     for ours, name in keys.named.items():
         if name.strip().lower() not in lower:
@@ -252,8 +255,8 @@ def _repeated(names: list[str]) -> str:
 
 
 def split_answers(cell: str) -> list[str]:
-    """Return the answers in a cell, which are separated by ANSWER_SEPARATOR."""
-    return [answer.strip() for answer in cell.split(ANSWER_SEPARATOR)]
+    """Return the answers in a cell, which are separated by ANSWER_SEPARATOR. TRUE and FALSE of a spreadsheet are yes and no."""
+    return [BOOLEANS.get(answer.strip(), answer.strip()) for answer in cell.split(ANSWER_SEPARATOR)]
 
 
 def _plain_rows(lines: Iterable[str]) -> Iterator[Row]:

@@ -140,5 +140,7 @@ def _fill(cells: list[str], number: int, merged: Merged, open_cells: dict[int, t
 
 
 def _text(value: object) -> str:
-    """Return a cell as Excel shows it: 3.0 is 3."""
+    """Return a cell as Excel shows it: 3.0 is 3, and a boolean is TRUE or FALSE."""
+    if isinstance(value, bool):
+        return str(value).upper()
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)

@@ -31,7 +31,7 @@ OTHERS = {  # how to get what the adapter does not do
 
 
 def refuse_base(adapter: Any, base: Any, processor: Any) -> None:
-    """Raise InputError if a loaded base is given as the adapter, or a processor with a base that has its own."""
+    """Raise InputError if a loaded base is given as the adapter, if there is no base, or a processor that is not needed."""
     if isinstance(adapter, Loaded | nn.Module):
         raise InputError(
             f"the adapter is of type {type(adapter).__name__}, which is a base; "
@@ -42,6 +42,8 @@ def refuse_base(adapter: Any, base: Any, processor: Any) -> None:
             "a processor is given, but the base has its own; leave processor out, or give a model of transformers: "
             "Captioner.from_adapter(…, base=model, processor=processor)"
         )
+    if adapter is None and base in (None, ""):
+        raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')
 
 
 def refuse_more(task: str, kind: str, images: Any, others: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.image_sources import image_key
 from lora_blip.data.prefetch import ImagePrefetcher, Lookahead
 from lora_blip.errors import ImageError, ModelError
+from lora_blip.lora.routing_state import outside_blocks
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import autocasting
 from lora_blip.runtime.limits import CPU_ALLOCATOR
@@ -101,7 +102,8 @@ class Runner:
         pictures = pictures.to(task.backbone.device)
         kind = "ranking" if getattr(work, "texts", ()) else "prediction"
         run = lambda: list(for_check()(task, pictures, examples))  # noqa: E731
-        verification.before_prediction(task, self.base_digest, self.precision, run, kind, self.report)
+        # a block of the caller may choose adapters for other rows than those of the check
+        outside_blocks(lambda: verification.before_prediction(task, self.base_digest, self.precision, run, kind, self.report))
 
     def check_with_images_of(self, examples: list[Example], work: Work) -> None:
         """Check the fast path with the first readable images of these examples, before they are predicted."""

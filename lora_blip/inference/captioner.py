@@ -30,6 +30,7 @@ from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, t
 from lora_blip.inference.shared_base import MERGED, SharedAdapter, check_settings, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.routing import adapters_of_rows
 from lora_blip.lora.sites import name_of as owner_of
 from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import dtype_of
@@ -112,8 +113,6 @@ class Captioner:
         refuse_base(adapter, base, processor)
         base = "" if base is None else base
         is_name = isinstance(base, str | Path)
-        if adapter is None and is_name and not str(base):
-            raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')
         if not isinstance(generation, Mapping | None):
             raise InputError(f'generation is {generation!r}; give a dict, such as generation={{"num_beams": 3}}')
         content = given_adapter(adapter, scale)
@@ -281,9 +280,10 @@ class Captioner:
 
     def _predict(self, requests: Iterable[tuple[str, Any, str]], texts: list[str], strict: bool) -> Iterator[Prediction]:
         """Yield a prediction for each (name, image, question)."""
-        predictor = AdapterPredictor(texts, self.shared_base, self.adapter_name)
-        lock = self.shared_base.lock
-        yield from predict_requests(self.runner, requests, predictor, lock, self.batch_size, strict, self._check_adapter)
+        own, lock = self.adapter_name, self.shared_base.lock
+        each = [] if own else adapters_of_rows(self.backbone.model)
+        predictor = AdapterPredictor(texts, self.shared_base, own, by_group=bool(each))
+        yield from predict_requests(self.runner, requests, predictor, lock, self.batch_size, strict, self._check_adapter, each)
 
     def _check_adapter(self) -> None:
         """Raise LoRAError if the caller has removed the adapter from the base, or has merged another one into it."""

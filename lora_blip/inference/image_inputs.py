@@ -232,10 +232,15 @@ def _check_path(path: str) -> None:
         raise ImageError(printable(f"{path} is {kind}, not an image; give its images: sorted(glob.glob({pattern!r}))"))
 
 
+def _check_size(width: int, height: int, name: str) -> None:
+    """Raise ImageError if an image has no pixels, or too many."""
+    if not 0 < width * height <= LARGEST:
+        raise ImageError(f"{name} has {width} × {height} pixels; expected 1 to {LARGEST:,}")
+
+
 def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
     """Return a copy of a PIL image in RGB, as `open_image` does for its file."""
-    if not 0 < image.width * image.height <= LARGEST:
-        raise ImageError(f"{name} has {image.width} × {image.height} pixels; expected 1 to {LARGEST:,}")
+    _check_size(image.width, image.height, name)
     try:
         with PIL_LOCK:
             image.load()
@@ -251,12 +256,13 @@ def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
 def _uint8_array(image: Any, name: str) -> Any:
     """Return the pixel values of an array or tensor as uint8, shape (height, width) or (height, width, 3 or 4).
 
-    Raise ImageError if a value is NaN or infinite.
+    Raise ImageError if a value is NaN or infinite, or if there are too many pixels.
     """
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = image.float().numpy() if image.is_floating_point() else image.numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    _check_size(image.shape[1], image.shape[0], name)
     if image.dtype != np.uint8:
         if not np.isfinite(image).all():
             raise ImageError(f"{name} contains NaN or infinity; a float image has values from 0 to 1")

@@ -1,8 +1,9 @@
 """Predict images from memory or disk: decode them in threads, compute them in batches, and return them in order."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from threading import RLock
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_blip.errors import InputError
 from lora_blip.inference.batch_runner import Runner, Work
 from lora_blip.inference.image_inputs import decode
 from lora_blip.inference.prediction import Prediction, prediction_of
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 
@@ -36,19 +38,28 @@ def predict_requests(
     batch_size: int,
     strict: bool,
     check: Callable[[], None],
+    adapters: Sequence[str | None] = (),
 ) -> Iterator[Prediction]:
     """Yield a prediction for each (name, image, question), in order. The next batch is decoded while the model computes.
 
     lock: held while a batch uses the model or its tokenizer. check: called at the start of each batch, while the lock is held.
-    Raise InputError if `strict` is not a truth value.
+    adapters: the adapter of each request, which becomes the `group` of its example; empty: one adapter for all.
+    Raise InputError if `strict` is not a truth value, or if the numbers of requests and adapters differ.
     """
     if not isinstance(strict, bool):
         raise InputError(f"strict = {quoted(strict)}; expected True or False")
+    if adapters:
+        requests = list(islice(requests, len(adapters) + 1))
+        if len(requests) != len(adapters):
+            more = "more images" if len(requests) > len(adapters) else counted(len(requests), "image")
+            raise InputError(f"{more}, but use_adapters names adapters for {len(adapters)}; name one for each image")
+    groups = chain((name or "" for name in adapters), repeat(""))
     pixels = pixels_of(runner.task.backbone.image_processor)
     pool = ThreadPoolExecutor(MOST_THREADS, "lora_blip_images")
     try:
         source = Lookahead(
-            Request(example_of(name, question), pool.submit(decode, image, name, pixels)) for name, image, question in requests
+            Request(replace(example_of(name, question), group=group), pool.submit(decode, image, name, pixels))
+            for (name, image, question), group in zip(requests, groups, strict=False)
         )
         while batch := source.take(batch_size):
             source.peek(batch_size)

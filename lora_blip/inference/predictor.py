@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_blip.data.example import Example
 from lora_blip.inference.prediction import Prediction, generated, prediction_of
 from lora_blip.inference.shared_base import SharedBase
+from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import PredictionTask
 
@@ -47,16 +48,30 @@ class Predictor:
 
 
 class AdapterPredictor(Predictor):
-    """Predict with one adapter of a shared base, and compute the score of each prediction."""
+    """Predict with one adapter of a shared base, and compute the score of each prediction.
 
-    def __init__(self, texts: list[str], base: SharedBase, adapter: str | None) -> None:
+    by_group: use the adapter of the caller whose name is the `group` of the example, or the base if it is "".
+    """
+
+    def __init__(self, texts: list[str], base: SharedBase, adapter: str | None, by_group: bool = False) -> None:
         super().__init__(texts)
-        self.base, self.adapter = base, adapter
+        self.base, self.adapter, self.by_group = base, adapter, by_group
 
     def for_check(self) -> "AdapterPredictor":
-        return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter)
+        return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter, self.by_group)
 
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+        if not self.by_group:
+            return self._predict(task, pictures, examples)
+        model, results = task.backbone.model, dict[int, Prediction]()
+        for name in dict.fromkeys(example.group for example in examples):
+            rows = [row for row, example in enumerate(examples) if example.group == name]
+            with use_adapters(model, name) if name else disable_adapters(model):
+                results |= zip(rows, self._predict(task, pictures[rows], [examples[row] for row in rows]), strict=True)
+        return [results[row] for row in range(len(examples))]
+
+    def _predict(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+        """Return one prediction per image."""
         # A block that is entered with gradients on sets `routing.recorded`. A training of the caller with activation
         # checkpointing would then need `checkpoint_context`.
         with torch.no_grad(), self.base.active(task.backbone.model, self.adapter):

@@ -196,6 +196,8 @@ def read_references(
             f"{source} has no line for any of {counted(compared, 'image')}{of_setting(images)}. The first path in the file is "
             f"{examples[0].image.resolve()}; {_fix_of_paths(examples, images)}"
         )
+    if setting == "references" and (missing := compared - len(references)):
+        print(printable(f"{source} has no line for {missing:,} of {counted(compared, 'image')}: they have no score"))
     if unused := len(examples) - sum(map(len, references.values())):
         print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
     return references

@@ -215,6 +215,12 @@ def task_of(
         raise ConfigError(
             f"the adapter was trained for the unknown task {name!r}; set TASK (--task) to one of {', '.join(TASKS)}"
         )
+    other = metadata.get("name") in TASKS and metadata.get("name") != name
+    if adapter and other and backbone.architecture not in TASKS[name].architectures:
+        raise ConfigError(
+            f'TASK = {name!r}, but the adapter {adapter.path} is for the task {metadata["name"]}; set TASK = "auto" '
+            f"(--task auto), or give another adapter{advice(name, '', adapter)}"
+        )
     if adapter and config and config.model and backbone.architecture not in TASKS[name].architectures:
         raise ConfigError(
             f"MODEL = {config.model!r} is a {backbone.architecture}, but the adapter {adapter.path} is for the task {name}; "
@@ -233,9 +239,9 @@ def task_by_base(backbone: Backbone, adapter: Adapter | None) -> str:
     """
     if adapter and adapter.note and backbone.architecture not in TASK_OF:
         raise ConfigError(
-            f"{adapter.path} has the format of peft and names no task, and {backbone.architecture} has several; set TASK "
-            "(--task caption or --task vqa), or store it: lora-blip convert "
-            f"{quoted_for_shell(str(adapter.path.parent))} --to lora_blip --task caption --output-dir FOLDER"
+            f"{adapter.path} has the format of peft and names no task, and {backbone.architecture} has several; store one: "
+            f"lora-blip convert {quoted_for_shell(str(adapter.path.parent))} --to lora_blip --task caption --output-dir FOLDER"
+            ". infer, evaluate and Captioner also accept TASK (--task caption, or task='caption')"
         )
     return default_task(backbone.architecture)
 

@@ -165,9 +165,9 @@ def has_merged(model: nn.Module) -> bool:
 
 
 def refuse_baked(model: nn.Module) -> None:
-    """Raise LoRAError if the only adapters of a model were merged permanently. They can be neither removed nor disabled."""
+    """Raise LoRAError if the only adapters of a model were merged permanently. Nothing can undo this merge."""
     if vars(model).get(BAKED) and not names(model):
-        raise LoRAError(f"{MERGED_FOR_GOOD}, so it cannot be removed or disabled; load the base again")
+        raise LoRAError(f"{MERGED_FOR_GOOD}, so it cannot be removed, disabled or restored; load the base again")
 
 
 def check_names(model: nn.Module, required: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from lora_blip.lora.attached import (
     detach,
     has_adapters,
     model_of,
+    refuse_baked,
     share_routing,
 )
 from lora_blip.lora.layer import AdapterStack, LoRA
@@ -64,7 +65,8 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
 def restore(model: nn.Module | Loaded) -> None:
     """Undo `merge`. The weights are `torch.equal` to the originals, and the hooks add the updates again.
 
-    Without merged adapters, nothing changes. In peft: `unmerge_adapter`, which subtracts the update and so rounds.
+    Without merged adapters, nothing changes. Raise LoRAError after `bake`, which keeps no originals.
+    In peft: `unmerge_adapter`, which subtracts the update and so rounds.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)
@@ -75,6 +77,7 @@ def restore(model: nn.Module | Loaded) -> None:
     def change() -> None:
         with share_routing(model).lock:
             changed = {path: linear for path, linear in adapted_linears(model).items() if linear.lora.original is not None}
+            refuse_baked(model)
             for path, linear in changed.items():
                 check_stored(path, linear)
             complete(lambda: write_back_all(changed))

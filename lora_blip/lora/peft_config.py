@@ -13,8 +13,8 @@ LARGEST = 2**20  # bytes of adapter_config.json; one with 700 names has 60,000
 MOST_NAMES = 2048  # in a list or a pattern
 LONGEST_NAME = 1000
 MERGE = (
-    "merge it into its base in peft, model.merge_and_unload().save_pretrained(folder), and give that folder as MODEL, without "
-    "an adapter"
+    "merge it into its base in peft, model.merge_and_unload().save_pretrained(folder), save the processor of the base too, "
+    "AutoProcessor.from_pretrained(base).save_pretrained(folder), and give that folder as MODEL, without an adapter"
 )
 # value of init_lora_weights with which peft changes no weight of the base; a text that begins with one of CHANGES does
 KEEPS = (True, None, False, "gaussian", "orthogonal", "eva", "mica")

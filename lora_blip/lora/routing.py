@@ -25,7 +25,7 @@ from lora_blip.lora.attached import (
 )
 from lora_blip.lora.call_batch import call_batch, watch
 from lora_blip.lora.layer import AdapterStack
-from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputing
+from lora_blip.lora.routing_state import CURRENT, ActiveAdapters, enter, leave, recomputing
 
 
 @contextmanager
@@ -66,12 +66,14 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     if beams < 1:
         raise LoRAError(f"beams = {beams}: expected at least 1")
 
-    def active(off: frozenset[str]) -> ActiveAdapters:
+    def active(outer: ActiveAdapters) -> ActiveAdapters:
+        off = ActiveAdapters(outer.off, outer.all_off)
         if isinstance(names, str):
-            return ActiveAdapters(off, alone=names)
+            return replace(off, alone=names)
         device = next((lora.A.device for _, lora in every_adapter(model)), None)
         rows = {name: [row for row, chosen in enumerate(each) if chosen == name] for name in each if name is not None}
-        return ActiveAdapters(off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
+        numbers = {name: torch.tensor(each_row, device=device) for name, each_row in rows.items()}
+        return replace(off, rows=numbers, count=len(each), beams=beams)
 
     if not isinstance(names, str):
         watch(model, skip=has_adapters)
@@ -81,10 +83,11 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
 
 @contextmanager
 def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
-    """Disable the named adapters inside the block (all, if no name is given), in this thread or task.
+    """Disable the named adapters inside the block, in this thread or task.
 
-    The adapter of a `Captioner` still acts in the captioner's own calls. Raise LoRAError for an unknown name, for the name of
-    such an adapter, and if adapters are merged. In peft: `disable_adapter`.
+    If no name is given, disable all, and those that are loaded during the block too. The adapter of a `Captioner` still acts
+    in the captioner's own calls. Raise LoRAError for an unknown name, for the name of such an adapter, and if adapters are
+    merged. In peft: `disable_adapter`.
 
     >>> with lora_blip.disable_adapters(backbone):
     ...     states = backbone.model.vision_model(torch.zeros(1, 3, 96, 96)).last_hidden_state
@@ -93,24 +96,36 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     check_names(model, names)
     check_unheld(model, *names)
     refuse_baked(model)
-    routing = share_routing(model)
-    disabled = frozenset(names or (name for name, _ in every_adapter(model) if name not in routing.dormant))
-    with _block(model, "disabled", lambda off: replace(routing.active, off=off | disabled)):
+    with _block(
+        model, "disabled", lambda outer: replace(outer, off=outer.off | set(names), all_off=outer.all_off or not names)
+    ):
         yield
 
 
 @contextmanager
-def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], ActiveAdapters]) -> Iterator[None]:
-    """Enter a block. `active(off)` returns its adapters. `off` contains the names that an outer block has disabled."""
+def _block(model: nn.Module, verb: str, active: Callable[[ActiveAdapters], ActiveAdapters]) -> Iterator[None]:
+    """Enter a block. `active(outer)` returns its adapters. `outer` has those of the block around it."""
     routing = share_routing(model)
     with routing.lock:  # no merge can start between the check and the entry
         if has_merged(model):
             raise LoRAError(f"adapters are merged into the weights, so none can be {verb}; call restore(model) first")
-        block = enter(routing, active(routing.active.off))
+        block = enter(routing, active(routing.active))
     try:
         yield
     finally:
         leave(block)
+
+
+def adapters_of_rows(model: nn.Module) -> list[str | None]:
+    """Return the names that a block of `use_adapters` gives to the rows of a batch, or [] if it does not choose by row."""
+    if CURRENT.get() is None:
+        return []  # without a walk over the modules
+    active = share_routing(model).active
+    names: list[str | None] = [None] * active.count
+    for name, rows in active.rows.items():
+        for row in rows.tolist():
+            names[row] = name
+    return names
 
 
 def checkpoint_context(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

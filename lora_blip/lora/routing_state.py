@@ -5,12 +5,12 @@ The `AdapterRouting` of a model also contains the set of all its blocks, because
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from lora_blip.lora.call_batch import CallBatch, call_batch
 from lora_blip.lora.sites import name_of
 from lora_blip.lora.variants import update_of
 from lora_blip.runtime.counts import counted
+
+Result = TypeVar("Result")
 
 
 class Everywhere(Enum):
@@ -33,12 +35,13 @@ ALL: Any = Everywhere.ALL
 
 @dataclass(frozen=True)
 class ActiveAdapters:
-    """Which adapters act: all that are not in `off`.
+    """Which adapters act: all that are not in `off`. If `all_off`, none acts, except those of captioners.
 
     If `alone` is not empty, only the adapter of that name acts. If `count` > 0, each adapter acts only on its `rows`.
     """
 
     off: frozenset[str] = frozenset()
+    all_off: bool = False
     alone: str = ""
     rows: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0  # rows of the batch; 0: the adapters act on every row
@@ -120,7 +123,7 @@ class AdapterRouting:
         block = self.block
         self._check(block)
         active = ALL_ACTIVE if block is None else block.active
-        if name in active.off or active.alone not in ("", name):
+        if name in active.off or active.alone not in ("", name) or (active.all_off and name not in self.dormant):
             return None
         if block is None or not active.count:
             return None if name in self.dormant and name != active.alone else ALL
@@ -169,12 +172,29 @@ def row_numbers(rows: Tensor | None, active: ActiveAdapters, x: Tensor, batch: C
     if not known or not (size in sizes or flattened):
         count = size if batch is None or known else batch.size
         raise LoRAError(
-            f"a batch has {counted(count, 'row')}, but adapters were chosen for {active.count}; name one for every row"
+            f"a batch has {counted(count, 'row')}, but adapters were chosen for {active.count}; {_fix(count, active)}"
         )
     if rows is None:
         return None
     repeats = size // active.count
     return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
+
+
+def _fix(count: int, active: ActiveAdapters) -> str:
+    """Return how to choose adapters for a batch with `count` rows."""
+    beams, rest = divmod(max(count, active.count), max(1, min(count, active.count)))
+    fix = f". For a beam search with num_beams={beams}: use_adapters(model, names, beams={beams}), with one name per image"
+    return "name one for every row" + ("" if rest or active.beams > 1 else fix)
+
+
+def outside_blocks(act: Callable[[], Result]) -> Result:
+    """Return `act()`, which does not use the blocks of `use_adapters` and `disable_adapters` around this call."""
+
+    def run() -> Result:
+        CURRENT.set(None)
+        return act()
+
+    return copy_context().run(run)
 
 
 def enter(routing: AdapterRouting, active: ActiveAdapters, recomputes: bool = False, batch: CallBatch | None = None) -> Block:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +171,16 @@ def list_sites(sites: Any) -> list[Site]:
     return result
 
 
+def refuse_peft(modules: Mapping[str, nn.Module]) -> None:
+    """Raise LoRAError if peft has put its layers into a model, so that two adapters would add up."""
+    layer = next((path for path, module in modules.items() if type(module).__module__.partition(".")[0] == "peft"), None)
+    if layer is not None:
+        raise LoRAError(
+            f"peft has changed this model: {layer or 'the model'} is one of its layers; load the base again, or remove the "
+            "adapter of peft: model = peft_model.unload()"
+        )
+
+
 def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -> None:
     """Raise LoRAError if an adapter cannot be put on one of the sites, or if there is none."""
     sites, modules = list(sites), modules_of(model)
@@ -178,6 +188,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
         raise LoRAError(
             "the list of sites is empty, so there is nothing to train; give targets, such as lora_blip.inject(model, 'vit')"
         )
+    refuse_peft(modules)
     if _any_compiled(modules.values()):
         raise LoRAError(
             "this model was compiled by torch.compile, which would ignore adapters; inject them before it is compiled"

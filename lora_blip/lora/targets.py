@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_blip.errors import TargetError
 from lora_blip.lora.attached import Loaded, adapters, model_of
-from lora_blip.lora.sites import ALPHA, R, Site, base_size, check_update, is_linear, modules_of, tied
+from lora_blip.lora.sites import ALPHA, R, Site, base_size, check_update, is_linear, modules_of, refuse_peft, tied
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
@@ -107,6 +107,7 @@ def find(
     """
     model = model_of(model, targets, 'lora_blip.find_targets(backbone, "vit")')
     check_update(r, alpha, variant)
+    refuse_peft(modules_of(model))
     chosen: dict[str, Site] = {}
     for target in _listed(targets):
         sites = _sites(model, parse(target, r, alpha))

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.image_utils import SizeDict
 
 from lora_blip.errors import ConfigError, ModelError
+from lora_blip.models.library import write_processor
 from lora_blip.runtime.untrusted import quoted
 
 LARGEST = 4096  # pixels of a side
@@ -101,8 +102,8 @@ def fit_processor(image_processor: Any, size: int, name: str) -> str:
         sizes, reason = set(), f"{type(error).__name__}: {quoted(str(error))}"
     if sizes != {(size, size)}:
         raise ModelError(
-            f"{name!r}: its {type(image_processor).__name__} cannot resize an image to {size}×{size} ({reason}); copy the "
-            "preprocessor_config.json of a BLIP checkpoint into its folder"
+            f"{name!r}: its {type(image_processor).__name__} cannot resize an image to {size}×{size} ({reason}); "
+            f"{write_processor(name)}"
         )
     return before
 
@@ -115,13 +116,13 @@ def _check_sizes(image_processor: Any, name: str) -> None:
             if key in PIXELS and (type(value) is not int or not 0 < value <= LARGEST):
                 raise ModelError(
                     f"{name!r}: {setting} of its image processor has {key} {quoted(value)}; expected a whole number from 1 to "
-                    f"{LARGEST}; correct preprocessor_config.json"
+                    f"{LARGEST}; correct preprocessor_config.json, or processor_config.json if the folder has none"
                 )
         height, width = sides.get("height"), sides.get("width")
         if height != width:
             raise ModelError(
                 f"{name!r}: {setting} of its image processor is {height}×{width} (height×width), and the model needs square "
-                "images; set both to the same number in preprocessor_config.json"
+                "images; set both to the same number in preprocessor_config.json, or processor_config.json if there is none"
             )
 
 
@@ -136,10 +137,7 @@ def _check_values(image_processor: Any, name: str) -> None:
     if not finite:
         keys = ("image_mean", "image_std", "rescale_factor")
         values = ", ".join(f"{key} {quoted(getattr(image_processor, key, None))}" for key in keys)
-        raise ModelError(
-            f"{name!r}: its image processor makes pixels that are not finite ({values}); copy preprocessor_config.json again "
-            "from the checkpoint"
-        )
+        raise ModelError(f"{name!r}: its image processor makes pixels that are not finite ({values}); {write_processor(name)}")
 
 
 def _described(image_processor: Any, sizes: set[tuple[int, int]]) -> str:

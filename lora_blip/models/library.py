@@ -1,6 +1,7 @@
 """Call modules of transformers with checked argument names, and suppress its messages."""
 
 import inspect
+import json
 import time
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from lora_blip.errors import ModelError
 from lora_blip.kernels.signatures import version_of
 from lora_blip.runtime.process_state import PROCESS_STATE
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import printable
 
 LONGEST_WAIT = 30.0  # seconds; the construction of a large model takes several
@@ -35,6 +37,15 @@ def call(module: Any, **named: Any) -> Any:
             "tested with: pip install 'transformers>=5.20,<5.25'"
         )
     return module(**named)
+
+
+def write_processor(folder: str) -> str:
+    """Return how to write the tokenizer and the image processor of a base into a folder of weights."""
+    code = (
+        "from transformers import AutoProcessor; "
+        f'AutoProcessor.from_pretrained("BASE").save_pretrained({json.dumps(folder, ensure_ascii=False)})'
+    )
+    return f"write those of its base into the folder: python -c {quoted_for_shell(code)}"
 
 
 @cache

@@ -25,6 +25,7 @@ from lora_blip.kernels import switch
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.lora import attached
 from lora_blip.lora.routing import checkpoint_context
+from lora_blip.lora.sites import modules_of, refuse_peft
 from lora_blip.models import quantized
 from lora_blip.models.base_config import check_config, check_sizes, skeleton_of, weight_shapes
 from lora_blip.models.bin_weights import with_safetensors
@@ -147,6 +148,7 @@ def as_backbone(model: Any, processor: Any) -> Backbone:
             fix = f"base=model.{inner}" if isinstance(getattr(model, inner, None), kinds) else fix
         fix = fix or f"a name, a folder, or a model of one of the classes {names}"
         raise InputError(f"base is of type {type(model).__name__}; give {fix}")
+    refuse_peft(modules_of(model))
     tokenizer, image_processor = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))
     if tokenizer is None or image_processor is None:
         raise InputError("a model of transformers needs its processor: processor=transformers.AutoProcessor.from_pretrained(…)")

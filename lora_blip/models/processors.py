@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from lora_blip.errors import ModelError
-from lora_blip.models.library import Quiet, first_line
+from lora_blip.models.library import Quiet, first_line, write_processor
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
@@ -43,12 +43,10 @@ def load_processors(source: str) -> tuple[Any, Any]:
     except Exception as error:  # an untrusted file can fail anywhere in transformers
         raise ModelError(
             f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)[:LONGEST_REASON]}\n"
-            "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json again from the checkpoint"
+            f"{write_processor(source)}"
         ) from None
     if len(tokenizer) < SMALLEST_VOCABULARY:
-        raise ModelError(
-            f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them into the folder of its weights"
-        )
+        raise ModelError(f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); {write_processor(source)}")
     return tokenizer, image_processor
 
 

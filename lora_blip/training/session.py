@@ -230,8 +230,12 @@ class Session:
         """Print the adapter, its score and the next command, draw the loss curve, and remove the checkpoints."""
         run = self.run
         start = "initial adapter" if self.config.init_adapter else "base"
+        held_out: Any = self.held_out.dataset.examples if self.held_out else ()  # type: ignore[attr-defined]
+        images = len({example.file for example in held_out})
         print(
-            f"saved {printable(run.adapter_path)}", *filter(None, [summary.score_line(run.folder, run.best, start)]), sep="\n"
+            f"saved {printable(run.adapter_path)}",
+            *filter(None, [summary.score_line(run.folder, run.best, start, images)]),
+            sep="\n",
         )
         if skipped := self.learner.progress.skipped:
             print(

@@ -128,6 +128,11 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
     thumbnails = Thumbnails() if ranks.main and (config.val_fraction or config.val_annotations) else None
     training, validation, drawn = lines = read_examples(config, task, thumbnails)
+    if config.best_by == "cider" and len({example.file for example in validation}) == 1:
+        raise ConfigError(
+            'best_by = "cider": CIDEr is always 0 if there is only one validation image; hold out more images (VAL_FRACTION or '
+            'VAL_ANNOTATIONS), or set BEST_BY = "loss" (--best-by loss)'
+        )
     if thumbnails:
         search = "search for validation images in the training data"
         with phase(search):

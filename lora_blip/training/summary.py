@@ -34,10 +34,10 @@ WRITTEN_PATH = re.compile(r"[^\",;\t|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif|he
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
-def score_line(folder: Path, best: Best, start: str = "base") -> str:
+def score_line(folder: Path, best: Best, start: str = "base", images: int = 2) -> str:
     """Return a line with the validation score at the start and the best one. Return "" if the run had no validation.
 
-    start: what the run started from, the base or the initial adapter.
+    start: what the run started from, the base or the initial adapter. images: the number of validation images.
     """
     value = abs(best.rank[0])
     if not math.isfinite(value):
@@ -49,9 +49,10 @@ def score_line(folder: Path, best: Best, start: str = "base") -> str:
     line += f"best adapter {score_value(best.by, value)}, after step {best.step}: {printable(folder / BEST_NAME)}"
     if best.by != "loss" and base is not None and value <= base:
         seldom = 'Long captions are seldom equal to a reference: for them, set BEST_BY = "cider" (--best-by cider). '
+        seldom *= best.by == "exact_match" and images > 1  # CIDEr of one image is 0
         line += (
             f"\nwarning: no step has a better {score_name(best.by)} than the {start}, so this step was chosen by its loss. "
-            f"{seldom * (best.by == 'exact_match')}If the validation images are a class of their own, hold out others; "
+            f"{seldom}If the validation images are a class of their own, hold out others; "
             f"the last weights are in {ADAPTER_NAME}"
         )
     return line
@@ -81,7 +82,8 @@ def evaluate_line(
     The references are the first of these files that exists: test.jsonl beside the annotations, if it fits the task and does
     not contain the training images; the validation file; val.jsonl; a table with the suffix of the annotations, such as
     test.csv; for the demo's training images, the file of the task in image_test. If none exists, the line asks the user to
-    write test.jsonl. examples: the training lines. reading: the result of `reading_flags`, for val_annotations.
+    write test.jsonl, or a table like the annotations. examples: the training lines. reading: the result of `reading_flags`, for
+    val_annotations and for the file to write.
     """
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
@@ -104,7 +106,9 @@ def evaluate_line(
     fitting = [path for path in others if _asks(path) == asks or ("--question-key" in reading and _has_columns(path, reading))]
     root = Path(reading[reading.index(ROOT) + 1]) if ROOT in reading else None
     existing = next((path for path in fitting if not _has_images_of(path, examples, root)), None)
-    references = str(existing) if existing else val_annotations or "test.jsonl"
+    suffix = source.suffix if _is_table(source) else ".jsonl"
+    new = ("held_out" if (source.parent / f"test{suffix}").exists() else "test") + suffix  # an existing file does not fit
+    references = str(existing) if existing else val_annotations or new
     flags = reading  # the training has read the validation file with these flags; the user writes the same columns
     if existing and not _has_columns(existing, reading):
         same_images = root and existing.parent in (source, source.parent) and not _has_own_images(existing)
@@ -116,7 +120,10 @@ def evaluate_line(
         images = "the validation images"
     else:
         kind = "questions with answers" if asks else "texts"
-        images = f"images that training has not used (write their images and {kind} to test.jsonl first)"
+        same = f" with the {'columns' if _is_table(source) else 'keys'} of {source.name}" * any(
+            part.endswith("-key") for part in reading
+        )
+        images = f"images that training has not used (write their images and {kind} to {new}{same} first)"
     return printable(f"to score it on {images}: {command}")
 
 

@@ -141,7 +141,7 @@ def test_a_blip_2_without_a_task_needs_one(make, tmp_path):
     """An adapter of peft on a BLIP-2 may caption or answer questions. `convert` asks too, and stores the answer."""
     folder = foreign(make, "opt", tmp_path)
     adapter = adapter_file.read(runs.locate(folder))
-    with pytest.raises(ConfigError, match=r"--task caption or --task vqa.*lora-blip convert .* --task caption"):
+    with pytest.raises(ConfigError, match=r"store one: lora-blip convert .* --task caption --output-dir .*task='caption'"):
         task_of(make("opt"), adapter)
     settings = {"adapter": str(folder), "to": "lora_blip", "output_dir": str(tmp_path / "own")}
     with pytest.raises(AdapterError, match="give it: --task caption, or --task vqa"):

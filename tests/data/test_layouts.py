@@ -237,6 +237,28 @@ def split_folder(folder: Path) -> Path:
     return folder
 
 
+def test_the_case_of_a_text_file_does_not_matter_if_its_image_is_clear(tmp_path):
+    """Cameras and DOS write IMG_1.TXT beside IMG_1.JPG. An exact name comes first, and an unclear one is not used."""
+    names = ("IMG_1.JPG", "b.png", "c.png", "C.png", "d.png", "e.png", "E.png", "F/1.png")
+    texts = {
+        "IMG_1.TXT": "one", "B.Txt": "two", "c.TXT": "unclear", "d.txt": "four", "D.TXT": "other", "e.txt": "five",
+        "F/1.PNG.txt": "six",
+    }  # fmt: skip
+    for name in names:
+        photos(tmp_path, name)
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    lines, problems = annotations.read(tmp_path, on_bad_data="skip")
+    assert {e.name: e.text for e in lines} == {
+        "IMG_1.JPG": "one",
+        "b.png": "two",
+        "d.png": "four",
+        "e.png": "five",
+        "F/1.png": "six",
+    }
+    assert sorted(str(problem.line) for problem in problems) == ["C.png", "E.png", "c.png"]
+
+
 def test_lines_of_other_splits_are_not_trained_on_if_there_is_a_validation_file(tmp_path, capsys, make):
     folder = split_folder(tmp_path / "set")
     config = TrainConfig(annotations=str(folder), val_annotations=str(folder / "val"))

@@ -427,7 +427,7 @@ def prepared(kind: str, count: int, path: Path, make) -> tuple[list[Example], li
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](make("blip"))
     task.checker.bounds.upper_bound("a", 0)
     path.write_text("".join(lines_of(kind, count)))
-    examples, _ = annotations.read(path, check=task.check, decode=False, pretokenize=task.pretokenize)
+    examples, _ = annotations.read(path, check=task.check, decode=False, find_all=False, pretokenize=task.pretokenize)
     training, validation = splits.split_by_image(examples, 0.1, 0)
     resume.lines_digest(training, False)
     return training, validation

@@ -289,6 +289,39 @@ def test_a_title_above_a_table_and_a_cover_sheet_are_not_the_table(folder):
     assert [(e.name, e.text, e.line) for e in lines] == [("1.png", "a cat", 4)]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("title", ["My photos{0}{0}\n", "My photos\n", "My photos\nof 2026{0}\n"])
+def test_a_title_above_unknown_columns_of_a_csv_is_not_their_header(folder, delimiter, title):
+    """Before, the fix in the message was --image-key "" --text-key ""."""
+    rows = "".join(
+        f"{delimiter.join(row)}\n" for row in (("Nr", "Datei", "Wort"), ("1", "1.png", "a cat"), ("2", "2.png", "a dog"))
+    )
+    (folder / "x.csv").write_text(title.format(delimiter) + rows)
+    with pytest.raises(DataError, match=r'no column has a known(.|\n)*--image-key "Datei" --text-key "Wort"$'):
+        annotations.read(folder / "x.csv")
+    lines = annotations.read(folder / "x.csv", keys=Keys("Datei", "Wort"))[0]
+    assert [(e.name, e.text) for e in lines] == [("1.png", "a cat"), ("2.png", "a dog")]
+
+
+def test_a_first_row_with_one_cell_above_rows_of_images_is_not_a_title(folder):
+    """The file has no header, and its first row is incomplete. That row is an error, and no other row becomes a header."""
+    (folder / "x.tsv").write_text("1.png\n1.png\ta cat\n2.png\ta dog\n")
+    lines, problems = annotations.read(folder / "x.tsv", on_bad_data="skip")
+    assert [e.text for e in lines] == ["a cat", "a dog"] and [problem.line for problem in problems] == [1]
+
+
+def test_booleans_of_a_spreadsheet_are_yes_and_no(folder):
+    """In JSON, they always were. Other spellings are texts, because they may be answers."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["image", "question", "answer"], ["1.png", "is it red?", True], ["2.png", "is it red?", False]):
+        book.active.append(row)
+    book.save(folder / "x.xlsx")
+    (folder / "x.csv").write_text("image,question,answer\n1.png,is it red?,TRUE\n2.png,is it red?,FALSE\n1.png,is it?,true\n")
+    for name, more in (("x.xlsx", []), ("x.csv", [("true",)])):
+        assert [e.answers for e in annotations.read(folder / name)[0]] == [("yes",), ("no",), *more]
+
+
 def test_a_merged_cell_has_its_text_in_each_of_its_rows(folder):
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()

@@ -646,6 +646,16 @@ def test_a_base_of_another_task_names_the_setting_of_the_adapter_s_base(workplac
         Captioner.from_adapter("adapter1", base="assets/tiny-blip-vqa")
 
 
+def test_a_task_that_the_base_of_the_adapter_cannot_do_names_that_of_the_adapter(workplace, monkeypatch):
+    """Before, the message asked for another base, and with that base, the next message asked for the first one."""
+    monkeypatch.chdir(workplace)
+    path = save_adapter(workplace / "answers" / "adapter.safetensors", base="assets/tiny-blip-vqa", name="vqa")
+    with pytest.raises(ConfigError, match=r'is for the task vqa; set TASK = "auto" \(--task auto\)') as error:
+        Captioner.from_adapter(path, task="caption")
+    assert str(error.value).startswith("TASK = 'caption', but the adapter ")
+    assert Captioner.from_adapter(path).task == "vqa"
+
+
 def test_a_captioner_that_is_sent_to_another_process_is_an_error_with_the_fix(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     captioner = Captioner.from_adapter("adapter1")

@@ -54,3 +54,16 @@ def test_lines_whose_images_are_not_predicted_are_counted(tmp_path: Path, capsys
     assert "a.jsonl: 2 lines of 3 not used: their images are not in IMAGES" in capsys.readouterr().out
     assert len(read_references(str(tmp_path / "a.jsonl"), "", ImageSource(tmp_path))) == 2
     assert "not used" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", [63, 64, 300])
+@pytest.mark.parametrize("first", ["", "1.png,a dog\n"])
+def test_references_of_another_machine_are_found_after_many_missing_images(tmp_path: Path, capsys, missing, first):
+    """Before, the first 64 lines decided if paths are searched: the score was that of the other images, or there was none."""
+    for name in ("1.png", "2.png", "3.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    lost = "".join(f"old/gone_{n}.png,a cat\n" for n in range(missing))
+    (tmp_path / "x.csv").write_text(f"image,text\n{first}{lost}D:\\old\\2.png,a dog\nold/3.png,a dog\n")
+    found = read_references(str(tmp_path / "x.csv"), "", ImageSource(tmp_path))
+    assert sorted(path.name for path in found) == ["1.png"] * bool(first) + ["2.png", "3.png"]
+    assert ("has no line for 1 of 3 images: they have no score" in capsys.readouterr().out) == (not first)

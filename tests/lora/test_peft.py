@@ -1,12 +1,21 @@
 """Law 12: with the same A and B, logits, gradients and the losses of twenty AdamW steps equal those of `peft`."""
 
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import BlipForConditionalGeneration
 
+import lora_blip
+from lora_blip import find_targets
+from lora_blip.errors import LoraBlipError, LoRAError, ModelError
 from lora_blip.kernels import switch
 from lora_blip.lora import attached, merging
+from lora_blip.models.loading import as_backbone
 from lora_blip.tasks.caption import CaptionTask
 from tests.support.models import batch_of, inject, kind_of
 
@@ -124,3 +133,48 @@ def test_merged_logits_equal_those_of_a_merged_peft_model(make, variant):
             module.merge()
     a, b = ours.logits(batch_of(ours)), theirs.logits(batch_of(theirs))
     assert relative(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, _: lora_blip.inject(model, "vit"),
+        lambda model, _: lora_blip.inject(model, find_targets(model, "text")),
+        lambda model, _: lora_blip.find_targets(model, "vit"),
+        lora_blip.load_adapter,
+        lambda model, _: as_backbone(model, None),
+    ],
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_that_peft_has_changed_is_refused(make, tmp_path, use, merged):
+    """peft changes a model in place, so a second adapter would be added to the first. `unload` makes it plain again."""
+    source = make("blip")
+    for lora in inject(source, "vit").values():
+        torch.nn.init.normal_(lora.B, std=0.1)
+    path = lora_blip.save_adapter(tmp_path / "adapter.safetensors", source, task={"name": "caption"})
+    model = make("blip").model
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["qkv", "fc1"]))
+    if merged:
+        wrapped.merge_adapter()
+    layer = r"vision_model\.encoder\.layers\.0\.self_attn\.qkv"
+    with pytest.raises(LoraBlipError, match=rf"peft has changed this model: {layer} is .* model = peft_model\.unload\(\)"):
+        use(model, path)
+    assert not attached.names(model)
+    with pytest.raises(LoRAError, match="peft has changed this model: the model is"):
+        lora_blip.inject(wrapped, "vit")
+    assert lora_blip.load_adapter(wrapped.unload(), path)
+
+
+def test_a_merged_model_of_peft_is_a_base_after_its_processor_is_saved(tmp_path):
+    """The steps are those of the message. Without the second, the error is a command that writes the processor."""
+    base, folder = Path(__file__).parents[2] / "assets" / "tiny-blip", tmp_path / "merged's base"
+    model = BlipForConditionalGeneration.from_pretrained(base)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["qkv"]))
+    wrapped.merge_and_unload().save_pretrained(folder)
+    with pytest.raises(ModelError, match="write those of its base into the folder: python -c") as error:
+        lora_blip.load_backbone(str(folder), "cpu")
+    _, _, command = str(error.value).partition("folder: ")
+    program, option, code = shlex.split(command)
+    assert (program, option) == ("python", "-c")
+    subprocess.run([sys.executable, option, code.replace("BASE", base.as_posix())], check=True, timeout=240)
+    assert lora_blip.Captioner.from_adapter(None, base=str(folder))(base.parents[1] / "image_test" / "000.png").text

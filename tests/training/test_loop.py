@@ -30,7 +30,7 @@ from lora_blip.lora import adapter_file, attached
 from lora_blip.lora.routing import disable_adapters
 from lora_blip.models.loading import load_backbone
 from lora_blip.reports import plots
-from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, run_name
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME, run_name
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import examples, learner, session, setup, summary, validation
 from lora_blip.training.best import Best, few_images_warning
@@ -474,6 +474,13 @@ def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, mo
     run, test, root = tmp_path / "run", tmp_path / "test.csv", ["--image-root", "photos"]
     examples = [example_of(str(tmp_path / "photos" / f"{n}.png")) for n in range(3)]
     of = partial(summary.evaluate_line, "caption", run, str(tmp_path / "train.csv"))
+    keys = ["--image-key", "Datei", "--text-key", "Wort"]
+    line = of("", examples, keys)  # no file exists: the flags fit the file that the line asks for
+    assert "texts to test.csv with the columns of train.csv first): " in line
+    assert line.endswith("--references test.csv --image-key Datei --text-key Wort")
+    line = summary.evaluate_line("caption", run, str(tmp_path / "train.jsonl"), "", examples, keys)
+    assert "texts to test.jsonl with the keys of train.jsonl first): " in line and line.endswith("--text-key Wort")
+    assert "texts to test.jsonl first): " in summary.evaluate_line("caption", run, str(tmp_path / "train.jsonl"), "", examples)
     for text, names_it in (
         ("image,text\nphotos/7.png,a\nphotos/1.png,b\n", False),
         ("image,text\nphotos/7.png,a\nphotos/11.png,b\n", True),
@@ -482,10 +489,10 @@ def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, mo
         ("image,text\n1.png,a\n", True),  # another folder
     ):
         test.write_text(text)
-        assert ("--references test.jsonl" not in of("", examples)) is names_it
+        assert ("--references held_out.csv" not in of("", examples)) is names_it
         found = "the images of test.csv: " if names_it else "images that training has not used (write"
         assert of("", examples).startswith(f"to score it on {found}")
-    assert "test.jsonl first" in of("", examples, root)  # relative to photos, it is the image of the training
+    assert "held_out.csv first" in of("", examples, root)  # relative to photos, it is the image of the training
     test.write_text("image,text\n9.png,a\n")
     assert of("", examples, root).endswith(f"{test} --image-root photos")
     (tmp_path / "9.png").touch()
@@ -546,7 +553,8 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     (tmp_path / "keys").mkdir()
     trained = str(tmp_path / "keys/mine.jsonl")
     missing = summary.evaluate_line("caption", run, trained, "", own, own_keys)
-    assert missing == f"{start}{write_first}{command}test.jsonl {' '.join(own_keys)}"  # the user writes the same keys
+    with_keys = write_first.replace(" first)", " with the keys of mine.jsonl first)")
+    assert missing == f"{start}{with_keys}{command}test.jsonl {' '.join(own_keys)}"
     (tmp_path / "keys/test.jsonl").write_text('{"shot": "1.png", "says": "a"}\n')
     same = summary.evaluate_line("caption", run, trained, "", own, own_keys)
     assert same.endswith(f"keys/test.jsonl {' '.join(own_keys)}")
@@ -568,9 +576,11 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     trained = str(tmp_path / "table/train.csv")
     table = summary.evaluate_line("caption", run, trained, "", own, columns)
     assert table.endswith(f"{command}{tmp_path}/table/test.csv --image-key Datei")
-    assert summary.evaluate_line("vqa", run, trained, "", own, columns) == (
-        f"{start}{write_answers}{command}test.jsonl --image-key Datei"
+    asked = (
+        "(write their images and questions with answers to held_out.csv with the columns of train.csv first)"  # not test.csv
     )
+    line = summary.evaluate_line("vqa", run, trained, "", own, columns)
+    assert line == f"{start} {asked}{command}held_out.csv --image-key Datei"
     (tmp_path / "table/test.csv").write_text("Datei;Question;Answer\n1.png;what?;a\n")
     assert "test.csv" in summary.evaluate_line("vqa", run, trained, "", own, columns)
     monkeypatch.setattr("sys.argv", ["train.py"])
@@ -767,6 +777,21 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     texts = [p.text for p in Captioner(task)([e.image for e in held_out])]
     assert last["val_cider"] == pytest.approx(caption_scores(texts, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
     assert adapter_file.read(path).metadata["training"]["settings"]["best_by"] == "cider"
+
+
+def test_cider_of_a_single_validation_image_is_an_error(checkpoints, tmp_path):
+    """It is 0 by definition, so it would choose the weights by the loss."""
+    source = tiny.write_photos(tmp_path)
+    one = source.with_name("one.jsonl")
+    one.write_text(source.read_text().splitlines()[0] + "\n")
+    config = settings(checkpoints["blip"], source, best_by="cider", val_annotations=str(one))
+    with pytest.raises(ConfigError, match=r"CIDEr is always 0 if there is only one validation image; hold out more images"):
+        train(config)
+    best = Best("exact_match", 3, rank=(0.0, -1.0))
+    (tmp_path / METRICS_NAME).write_text('{"step": 0, "val_exact_match": 0.0}\n')
+    lines = [summary.score_line(tmp_path, best, images=images) for images in (1, 2)]
+    assert ['BEST_BY = "cider"' in line for line in lines] == [False, True]
+    assert all("no step has a better" in line for line in lines)
 
 
 def test_an_impossible_best_by_is_an_error_before_anything_is_written(checkpoints, tmp_path, monkeypatch):

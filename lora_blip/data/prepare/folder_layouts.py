@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -58,10 +59,27 @@ class Layout:
     sidecars: dict[str, str] = field(default_factory=dict)  # name of an image, perhaps without its suffix → its JSON file
     downloads: list[str] = field(default_factory=list)  # img2dataset's .json files, without their suffix
 
+    @cached_property
+    def captions(self) -> dict[str, str]:
+        """Return {image: its text file}. For a.jpg: a.txt, a.caption, a.jpg.txt or a.jpg.caption.
+
+        Names that differ only in their case match (IMG_1.TXT for IMG_1.jpg) if one image and one text file have this name.
+        """
+        found = {image: name for image in self.images if (name := _first(_names_of_caption(image), self.texts))}
+        folded, stems = dict[str, list[str]](), Counter(_stem(image).casefold() for image in self.images if image not in found)
+        for name in self.texts.difference(found.values()):
+            folded.setdefault(name.casefold(), []).append(name)
+        single = {name: others[0] for name, others in folded.items() if len(others) == 1}
+        for image in self.images if single else ():
+            if image not in found and stems[_stem(image).casefold()] == 1:
+                name = _first(map(str.casefold, _names_of_caption(image)), single)
+                found |= {image: single[name]} if name else {}
+        return found
+
     @property
     def captioned(self) -> bool:
         """Return True if at least one image has a text file of the same name, or a JSON file with a text."""
-        if any(caption_of(image, self.texts) for image in self.images):
+        if self.captions:
             return True
         files = (sidecar_of(image, self.sidecars) for image in self.images)
         some = islice(filter(None, files), TRIED)
@@ -137,11 +155,19 @@ def layout_of(folder: Path) -> Layout:
     return layout
 
 
-def caption_of(image: str, texts: set[str]) -> str:
-    """Return the text file of an image, or "" if there is none. For a.jpg: a.txt, a.caption, a.jpg.txt or a.jpg.caption."""
-    stem = image[: -len(suffix)] if (suffix := Path(image).suffix) else image
-    names = (name + suffix for name in (stem, image) for suffix in CAPTION_SUFFIXES)
-    return next((name for name in names if name in texts), "")
+def _stem(image: str) -> str:
+    """Return the path of an image without its suffix."""
+    return image[: -len(suffix)] if (suffix := Path(image).suffix) else image
+
+
+def _names_of_caption(image: str) -> Iterator[str]:
+    """Yield the paths that the text file of an image may have, the usual one first."""
+    return (name + suffix for name in (_stem(image), image) for suffix in CAPTION_SUFFIXES)
+
+
+def _first(names: Iterable[str], known: Container[str]) -> str:
+    """Return the first name that is known, or ""."""
+    return next((name for name in names if name in known), "")
 
 
 def captioned_entries(layout: Layout, notes: list[str]) -> Iterator[Located]:
@@ -155,7 +181,7 @@ def captioned_entries(layout: Layout, notes: list[str]) -> Iterator[Located]:
     with_image, without_image = set(), set(layout.texts)
     for image in layout.images:
         with_image.add(image.removesuffix(Path(image).suffix))
-        name = caption_of(image, layout.texts)
+        name = layout.captions.get(image, "")
         without_image.discard(name)
         if not name and (sidecar := sidecar_of(image, layout.sidecars)):
             yield sidecar, entry_of_sidecar(image, layout.folder / sidecar)
