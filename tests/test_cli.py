@@ -230,7 +230,7 @@ def test_a_path_without_its_flag_is_explained(monkeypatch, capsys, tmp_path):
         ({"EPOCHS": "60"}, "epochs = '60' is a text; write it without quotes: 60"),
         ({"LR": "1e-4"}, "lr = '1e-4' is a text; write it without quotes: 0.0001"),
         ({"AUGMENT": "no"}, "augment = 'no' is a text; write it without quotes: False"),
-        ({"EPOCHS": "many"}, "epochs = 'many': expected int; in train.py, for example: EPOCHS = 30"),
+        ({"EPOCHS": "many"}, "epochs = 'many': expected a whole number; in train.py, for example: EPOCHS = 30"),
         ({"AUGMENT": 2}, "in train.py, for example: AUGMENT = True"),
     ],
 )

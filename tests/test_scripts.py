@@ -44,10 +44,10 @@ def test_flags_override_the_script_and_the_script_the_defaults():
     [
         ({"R": 0}, "r = 0: expected above 0"),
         ({"PRECISION": "fp8"}, "precision = 'fp8': expected one of auto, fp16"),
-        ({"EPOCHS": "four"}, "epochs = 'four': expected int"),
+        ({"EPOCHS": "four"}, "epochs = 'four': expected a whole number"),
         ({"VAL_FRACTION": 1.0}, "val_fraction = 1.0: expected a share"),
         ({"TASK": "poetry"}, "task = 'poetry': expected one of auto, caption"),
-        ({"BATCH_SIZE": True}, "batch_size = True: expected int"),
+        ({"BATCH_SIZE": True}, "batch_size = True: expected a whole number"),
     ],
 )
 def test_a_wrong_setting_is_named(wrong, message):

@@ -138,5 +138,5 @@ def test_scripts_run_from_another_folder(checkpoints, tmp_path, monkeypatch):
 def test_a_path_and_a_device_of_torch_are_settings_too():
     config = TrainConfig(annotations=Path("a/b.jsonl"), device=torch.device("cpu"))
     assert (config.annotations, config.device) == (str(Path("a/b.jsonl")), "cpu")
-    with pytest.raises(ConfigError, match="annotations = 3: expected str"):
+    with pytest.raises(ConfigError, match="annotations = 3: expected a text"):
         TrainConfig(annotations=3)

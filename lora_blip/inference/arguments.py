@@ -100,7 +100,7 @@ def checked_questions(question: Any) -> tuple[list[str], bool]:
     questions = [question] if isinstance(question, str) else list(question)
     for position, each in enumerate(questions):
         if not isinstance(each, str) or not each.strip():
-            name = "the question" if isinstance(question, str) else f"question {position}"
+            name = "the question" if isinstance(question, str) else f"questions[{position}]"
             raise InputError(f"{name} is {quoted(each)}; expected a text, as in {CALLS['vqa']}")
     return [*map(plain, questions)], isinstance(question, str)
 

@@ -68,8 +68,7 @@ class Captioner:
         self.adapter, self.batch_size = adapter, batch_size
         self.runner = Runner(task, batch_size, precision, report=print_on_stderr)
         self.shared_adapter: SharedAdapter | None = None  # the adapter, if the caller loaded the base
-        self.hooked = bool(attached.names(self.backbone.model))  # False if the adapter is merged
-        self.sites = len(adapter.sites) if adapter else 0
+        self.sites = len(adapter.sites) if adapter and attached.names(self.backbone.model) else 0  # 0: the adapter is merged
 
     @classmethod
     def from_adapter(
@@ -125,9 +124,10 @@ class Captioner:
         if not is_name:
             return cls._on_loaded_base(base if isinstance(base, Backbone) else as_backbone(base, processor), content, config)
         opened, chosen_precision = open_task(config, content)
+        captioner = cls(opened, batch_size, chosen_precision, content)  # before a merge: the fast path is checked once per base
         if content:
             apply_adapter(opened, content, merge, chosen_precision)
-        captioner = cls(opened, batch_size, chosen_precision, content)
+            captioner.sites = len(content.sites) * bool(attached.names(opened.backbone.model))
         captioner.runner.reload_on_cpu = lambda: open_task(config, content, adapted=True, device="cpu")[0]
         return captioner
 
@@ -290,7 +290,7 @@ class Captioner:
         if not self.adapter:
             return
         stacks = [linear.lora for linear in attached.adapted_linears(self.backbone.model).values()]  # one walk for both checks
-        if self.hooked and sum(owner_of(key) == (self.adapter_name or "default") for s in stacks for key in s) < self.sites:
+        if sum(owner_of(key) == (self.adapter_name or "default") for s in stacks for key in s) < self.sites:
             raise LoRAError(
                 f"the adapter of this captioner, {self.adapter.path}, was removed from its base by lora_blip.eject or "
                 f"lora_blip.bake; open it again: Captioner.from_adapter({str(self.adapter.path)!r}, base=backbone); after "

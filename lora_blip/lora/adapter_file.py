@@ -77,8 +77,8 @@ class Adapter:
         if peft_format.FOREIGN not in self.metadata:
             return ""
         return (
-            "this adapter has the format of peft, so it has no fingerprint of its base (names and shapes of the linears are "
-            "checked), no prompt and no image size"
+            "this adapter has the format of peft, so its file has no prompt, no image size and no fingerprint of the base; "
+            "only the names and shapes of the linears are compared with a base"
         )
 
     @property

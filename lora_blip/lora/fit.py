@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def check_fit(model: nn.Module, adapter: "Adapter", dropout: float = 0.0) -> None:
     """Raise AdapterError if a module is missing, has another shape, or has other weights than the base of the training."""
     modules = modules_of(model)
-    remedy = f"the adapter was trained on {quoted(adapter.base)}; load that base"
+    remedy = (
+        f"the adapter was trained on {quoted(adapter.base)}; load that base" if adapter.base else "load the base of the adapter"
+    )
     for site in adapter.sites:
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):

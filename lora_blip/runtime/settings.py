@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from lora_blip.errors import ConfigError
 
 LARGEST_INT = 2**31 - 1
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}  # of values, for messages
 LARGEST = {  # largest sensible values, by setting
     "r": 2**16, "lr_ratio": 1e6, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
@@ -85,7 +86,8 @@ def check(config: Any) -> None:
         elif type(value) is not entry.type:
             if isinstance(value, str) and (written := _without_quotes(value, entry.type)):
                 raise ConfigError(f"{entry.name} = {value!r} is a text; write it without quotes: {written}")
-            raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
+            expected = KINDS.get(type(entry.default), type(entry.default).__name__)
+            raise ConfigError(f"{entry.name} = {value!r}: expected {expected}")
         if isinstance(value, str):
             if entry.metadata.get("path") and value.startswith(("~", "$")):
                 value = ",".join(os.path.expandvars(os.path.expanduser(part)) for part in value.split(","))  # noqa: PTH111

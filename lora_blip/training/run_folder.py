@@ -61,7 +61,7 @@ class Run:
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
-        self.started = self.logged = self.checkpointed = time.perf_counter()
+        self.opened = self.started = self.logged = self.checkpointed = time.perf_counter()
         name = run_name(config.task, config.model, config.targets, datetime.now())
         self.folder = saved.run if saved else unused_path(Path(config.output_dir) / name)
         self.bar = tqdm(
@@ -163,7 +163,7 @@ class Run:
         self._write(entry)
         self.bar.set_postfix_str(figures := f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s")
         done = step - self.earlier - self.config.compile  # in this process, without the step that compiles
-        self.figures = figures + remaining_time(now - self.started, done, self.bar.total - step)
+        self.figures = figures + remaining_time(now - self.opened, done, self.bar.total - step)
         if self.bar.disable and (step % (10 * self.config.log_every) == 0 or step in (1, self.bar.total)):
             print(f"step {step}/{self.bar.total}  {self.figures}")
 

@@ -115,7 +115,8 @@ def evaluate_line(
         flags = [ROOT, str(root)] if same_images else []
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     if existing:
-        images = f"the images of {existing.name}"
+        folder_of_same = f"{existing.parent.name}/" * (existing.name == source.name)  # as image_test/annotations.jsonl
+        images = f"the images of {folder_of_same}{existing.name}"
     elif val_annotations:
         images = "the validation images"
     else:

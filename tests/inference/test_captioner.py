@@ -40,6 +40,7 @@ from lora_blip.models.loading import as_backbone, load_backbone
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import TASKS, default_task
+from lora_blip.tasks.verification_record import is_verified
 from tests.support import tiny
 from tests.support.api import make_workplace, save_adapter
 from tests.support.models import carry, inject
@@ -407,7 +408,7 @@ def test_questions_and_images_are_paired(make, photos):
         ]
     with pytest.raises(InputError, match="2 images and 3 questions"):
         captioner.answer(photos[:2], [*QUESTIONS, "why?"])
-    with pytest.raises(InputError, match="question 1 is ''"):
+    with pytest.raises(InputError, match=r"questions\[1\] is ''"):
         captioner.answer(photos[0], [QUESTIONS[0], ""])
     long = "what is " + "a cube and " * 100 + "?"
     predictions = captioner.answer(photos[0], [QUESTIONS[0], long])
@@ -644,6 +645,18 @@ def test_a_base_of_another_task_names_the_setting_of_the_adapter_s_base(workplac
         ConfigError, match=r"is a BlipForQuestionAnswering, but the adapter .* is for the task caption; to use the"
     ):
         Captioner.from_adapter("adapter1", base="assets/tiny-blip-vqa")
+
+
+def test_the_fast_path_is_checked_once_for_all_merged_adapters_of_a_base(workplace, monkeypatch, tmp_path, capsys):
+    """Before, each merged adapter was another base, and the check of a large one takes many seconds."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("lora_blip.tasks.verification_record.is_verified", is_verified)  # conftest.py has replaced it
+    checks = []
+    for adapter in ("adapter1", "adapter2"):
+        assert Captioner.from_adapter(adapter, device="cpu")("image_test/000.png").text
+        checks.append(capsys.readouterr().err.count("comparing the fast path"))
+    assert checks == [1, 0]
 
 
 def test_a_task_that_the_base_of_the_adapter_cannot_do_names_that_of_the_adapter(workplace, monkeypatch):

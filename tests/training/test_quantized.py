@@ -104,11 +104,11 @@ def test_predictions_use_the_base_of_the_training_unless_another_one_is_chosen(r
     """`merge` keeps the hooks of a quantized base. Captions do not depend on the batch."""
     images = sorted(Path("image_test").glob("*.png"))[:4]
     captioner = lora_blip.Captioner.from_adapter(runs[dtype], device="cpu")
-    assert quantization(captioner.backbone.model) == dtype and captioner.hooked
+    assert quantization(captioner.backbone.model) == dtype and captioner.sites
     single = lora_blip.Captioner.from_adapter(runs[dtype], device="cpu", batch_size=1, fast=False)
     assert [each.text for each in captioner(images)] == [each.text for each in single(images)]
     full = lora_blip.Captioner.from_adapter(runs[dtype], device="cpu", base_dtype="fp32")
-    assert not quantization(full.backbone.model) and not full.hooked
+    assert not quantization(full.backbone.model) and not full.sites
     loaded = lora_blip.Captioner.from_adapter(runs[dtype], base=load_backbone("assets/tiny-blip2", "cpu", dtype))
     assert [each.text for each in loaded(images)] == [each.text for each in captioner(images)]
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -378,6 +379,24 @@ def test_out_of_memory_saves_and_prints_settings_that_need_less(checkpoints, tmp
     path = train(replace(smaller, allow_changed=True))
     assert [entry["step"] for entry in metrics_of(path) if "loss" in entry] == list(range(1, 9)) and path.parent == run
     assert "data_changed" not in adapter_file.read(path).metadata["training"]  # the lines are the same
+
+
+def test_the_time_left_after_a_resume_does_not_count_earlier_processes(checkpoints, tmp_path, monkeypatch, capsys):
+    """Before, the seconds of all processes were divided by the steps of the last one."""
+    config = config_of(checkpoints, tmp_path, epochs=8, log_every=1)
+    with killed_at(5):
+        train(config)
+    restore_files = Run._restore_files
+
+    def long_ago(self: Run, saved: checkpoint.Saved) -> None:
+        restore_files(self, saved)
+        self.started -= 1e6  # as if earlier processes had trained for eleven days
+
+    monkeypatch.setattr(Run, "_restore_files", long_ago)
+    capsys.readouterr()
+    train(config)
+    printed = capsys.readouterr().out
+    assert "resumed after step" in printed and " left" in printed and not re.search(r"\d (h|min|days?)\b.* left", printed)
 
 
 # ---------------------------------------------------------------- not the same run
