@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+from lora_blip.config import InferConfig
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.command_line import start_of_command
 from lora_blip.runtime.settings import settings_of
@@ -278,6 +279,8 @@ def _refuse_flags(unknown: list[str], known: list[Field[Any]], correct: Callable
     near, _ = flag_meant(wrong, names)
     command = correct(names) if near else ""
     fix = f"; did you mean {near}?" if near else " of this command."
+    if arguments and name.lstrip("-").replace("-", "_") in {entry.name for entry in settings_of(InferConfig)}:
+        fix = " of this command. lora-blip infer has it."
     raise ConfigError(f"{name} is not a flag{fix} --help lists all flags" + f"; for example: {command}" * bool(command))
 
 

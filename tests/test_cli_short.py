@@ -72,6 +72,23 @@ def test_several_images_of_ask_and_rank_are_an_error(here, monkeypatch, capsys, 
     assert here.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("ask", "photos", QUESTION), "'photos' is a folder, and ask takes one image; for several images: lora-blip infer"),
+        (("rank", "photos", "a", "b"), "'photos' is a folder, and rank takes one image; for several images: lora-blip infer"),
+        (("ask", "photos/0.png", " "), 'a text is empty; for example: lora-blip ask photos/0.png "what color is it?"'),
+        (("rank", "photos/0.png", "a", ""), 'a text is empty; for example: lora-blip rank photos/0.png "a red cube"'),
+        (("caption", "photos/0.png", "--num-beams", "3"), "--num-beams is not a flag of this command. lora-blip infer has it."),
+    ],
+)
+def test_the_fix_of_a_command_is_a_command(here, monkeypatch, capsys, words, message):
+    """Before, it was Python code, or the flag had no fix."""
+    status, lines, errors = run(monkeypatch, capsys, *words, *BASE, ROOT / "assets" / "tiny-blip-itm")
+    assert status == 2 and not lines and f"error: {message}" in errors
+    assert here.is_dir()
+
+
 def test_json_is_one_ascii_object_per_image(here, monkeypatch, capsys):
     """Also for a broken image, and for a file name with characters that control a terminal."""
     odd = "photos/\x1b[2J\u202e\x9b.png"

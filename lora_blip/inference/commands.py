@@ -131,18 +131,26 @@ def check_paths(config: Any) -> None:
 
 
 def refuse_swapped(config: Any) -> None:
-    """Raise ConfigError, with the right command, if `ask` or `rank` has its image after the texts, or several images."""
+    """Raise ConfigError, with the right command, for an empty text, an image after the texts, or several images."""
     words = [config.question] if isinstance(config, AskConfig) else config.texts if isinstance(config, RankConfig) else []
+    if not all(word.strip() for word in words):
+        raise ConfigError(f"a text is empty; for example: {command_of(config.task, config.image)}")
+    if words and os.path.isdir(config.image):  # noqa: PTH112
+        raise ConfigError(f"{config.image!r} is a folder, and {_takes_one(config, config.image)}")
     image = next((word for word in words if looks_like_image(word)), "")
     if image and not looks_like_image(config.image):
         texts = [config.image, *(word for word in words if word != image)]
         right = command_line(["lora-blip", ARGUMENTS[config.task][0], image, *texts, *config.model_flags])
         raise ConfigError(f"{config.image!r} is not an image; the image comes first: {right}")
     if image and Path(image).is_file():  # from a glob of the shell
-        option = "--question" if isinstance(config, AskConfig) else "--texts"
-        folder = quoted_for_shell(str(Path(image).parent))
-        several = f"for several images: lora-blip infer --images {folder} {option} TEXT"
-        raise ConfigError(f"{image!r} is an image, and {ARGUMENTS[config.task][0]} takes one image; {several}")
+        raise ConfigError(f"{image!r} is an image, and {_takes_one(config, str(Path(image).parent))}")
+
+
+def _takes_one(config: Any, folder: str) -> str:
+    """Return the end of a message: the command takes one image, and the command for a folder."""
+    option = "--question" if isinstance(config, AskConfig) else "--texts"
+    several = f"lora-blip infer --images {quoted_for_shell(folder)} {option} TEXT"
+    return f"{ARGUMENTS[config.task][0]} takes one image; for several images: {several}"
 
 
 def caption(config: CaptionConfig) -> bool:
