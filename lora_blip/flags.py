@@ -4,13 +4,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from lora_blip.config import InferConfig
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.command_line import start_of_command
 from lora_blip.runtime.settings import settings_of
@@ -67,7 +66,7 @@ def parse(
                     return ""
                 return command_line([*start_of_command(program or example), *words])
 
-            _refuse_flags(unknown, known, correct)
+            _refuse_flags(unknown, known, correct, getattr(kind, "of_infer", ()))
     except ConfigError as error:
         end = "" if "for example: " in str(error) else _example(str(error), known, example)
         raise ConfigError(f"{error}{end}") from None
@@ -256,11 +255,13 @@ def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
             )
 
 
-def _refuse_flags(unknown: list[str], known: list[Field[Any]], correct: Callable[[list[str]], str]) -> NoReturn:
+def _refuse_flags(
+    unknown: list[str], known: list[Field[Any]], correct: Callable[[list[str]], str], elsewhere: Iterable[str]
+) -> NoReturn:
     """Raise ConfigError for words that are not flags. The message suggests the right flag and a command with it.
 
     unknown: the words that argparse does not know. correct: takes the names of the flags, and returns the user's command with
-    the right flags, or "" if that is not valid.
+    the right flags, or "" if that is not valid. elsewhere: the settings that `infer` has and this command has not.
     """
     arguments = [entry for entry in known if "metavar" in entry.metadata]
     wrong = next((word for word in unknown if word.startswith("-")), "")
@@ -279,7 +280,7 @@ def _refuse_flags(unknown: list[str], known: list[Field[Any]], correct: Callable
     near, _ = flag_meant(wrong, names)
     command = correct(names) if near else ""
     fix = f"; did you mean {near}?" if near else " of this command."
-    if arguments and name.lstrip("-").replace("-", "_") in {entry.name for entry in settings_of(InferConfig)}:
+    if name.lstrip("-").replace("-", "_") in elsewhere:
         fix = " of this command. lora-blip infer has it."
     raise ConfigError(f"{name} is not a flag{fix} --help lists all flags" + f"; for example: {command}" * bool(command))
 

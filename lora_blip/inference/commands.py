@@ -9,10 +9,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
+from lora_blip.config import InferConfig
 from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
@@ -52,6 +53,8 @@ class ModelConfig:
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
     scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
+    of_infer: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(InferConfig)) - {"explain"}  # for the error of a flag
+
     json: bool = setting(False, "print the results as JSONL: lines with image, text and score, or with image and error")
 
     def __post_init__(self) -> None:

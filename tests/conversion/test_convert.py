@@ -208,7 +208,10 @@ def test_a_training_begins_with_a_folder_of_peft(make, tmp_path, capsys):
         assert torch.equal(lora.A, adapter.tensors[f"{address}.lora_A"]) and torch.equal(
             lora.B, adapter.tensors[f"{address}.lora_B"]
         )
-    assert any(re.fullmatch("note: this adapter has the format of peft.*image size", line) for line in printed_lines(capsys))
+    assert any(
+        re.fullmatch("note: this adapter has the format of peft.*image size.*with a base", line)
+        for line in printed_lines(capsys)
+    )
 
 
 def test_inspect_and_evaluate_read_a_folder_of_peft(make, tmp_path, capsys, monkeypatch):

@@ -532,7 +532,7 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     answers = summary.evaluate_line("vqa", run, lines, "", demo)
     assert answers == f"{found}questions.jsonl{command}{tmp_path}/image_test/questions.jsonl"
     inside = summary.evaluate_line("vqa", run, "image_train/questions.jsonl", "", demo)  # as the page on tasks trains
-    assert inside == f"{found}questions.jsonl{command}image_test/questions.jsonl"
+    assert inside == f"{found}image_test/questions.jsonl{command}image_test/questions.jsonl"  # not the file of the training
     own = [example_of(str(tmp_path / "my" / "1.png"))]  # image_test shows something else
     assert summary.evaluate_line("vqa", run, lines, "", own) == f"{start}{write_answers}{command}test.jsonl"
     (tmp_path / "test.jsonl").write_text('{"image": "1.png", "text": "captions cannot score answers"}\n')
@@ -619,7 +619,8 @@ def test_the_command_that_evaluates_reads_the_file_as_the_training_did(checkpoin
 def test_the_remaining_time_counts_the_steps_of_this_process(monkeypatch, first, compiled, step, text):
     """A resumed run has done only its own steps. The step that compiles is not counted."""
     run, total = object.__new__(Run), 10 if first == 0 else 1000
-    run.main, run.config, run.images, run.started, run.logged = True, TrainConfig(log_every=1, compile=compiled), 8, 0.0, 0.0
+    run.main, run.config, run.images, run.opened, run.logged = True, TrainConfig(log_every=1, compile=compiled), 8, 0.0, 0.0
+    run.started = -1e6 if first else 0.0  # it includes the seconds of earlier processes
     run.bar = SimpleNamespace(update=lambda _: None, set_postfix_str=lambda _: None, total=total, disable=False)
     run.earlier = first
     steps = step - first - compiled
