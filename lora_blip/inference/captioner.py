@@ -30,7 +30,7 @@ from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, t
 from lora_blip.inference.shared_base import MERGED, SharedAdapter, check_settings, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
-from lora_blip.lora.routing import adapters_of_rows
+from lora_blip.lora.routing import adapters_of_rows, check_block
 from lora_blip.lora.sites import name_of as owner_of
 from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import dtype_of
@@ -261,8 +261,6 @@ class Captioner:
         requests = ((check_input(each, name), snapshot(each, name), question) for name, each in named)
         yield from self._predict(requests, texts, strict)
 
-    # ---- checks and batches
-
     def _require(self, task: str) -> None:
         """Raise InputError, whose message gives the right call, if the adapter has another task."""
         if self.task != task:
@@ -288,6 +286,7 @@ class Captioner:
     def _check_adapter(self) -> None:
         """Raise LoRAError if the caller has removed the adapter from the base, or has merged another one into it."""
         if not self.adapter:
+            check_block(self.backbone.model)
             return
         stacks = [linear.lora for linear in attached.adapted_linears(self.backbone.model).values()]  # one walk for both checks
         if sum(owner_of(key) == (self.adapter_name or "default") for s in stacks for key in s) < self.sites:

@@ -51,8 +51,8 @@ def predict_requests(
     if adapters:
         requests = list(islice(requests, len(adapters) + 1))
         if len(requests) != len(adapters):
-            more = "more images" if len(requests) > len(adapters) else counted(len(requests), "image")
-            raise InputError(f"{more}, but use_adapters names adapters for {len(adapters)}; name one for each image")
+            given = "there are more images" if len(requests) > len(adapters) else f"{counted(len(requests), 'image')} given"
+            raise InputError(f"use_adapters names {counted(len(adapters), 'adapter')}, but {given}; name one for each image")
     groups = chain((name or "" for name in adapters), repeat(""))
     pixels = pixels_of(runner.task.backbone.image_processor)
     pool = ThreadPoolExecutor(MOST_THREADS, "lora_blip_images")

@@ -61,20 +61,23 @@ class AdapterPredictor(Predictor):
         return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter, self.by_group)
 
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
-        if not self.by_group:
-            return self._predict(task, pictures, examples)
-        model, results = task.backbone.model, dict[int, Prediction]()
-        for name in dict.fromkeys(example.group for example in examples):
-            rows = [row for row, example in enumerate(examples) if example.group == name]
-            with use_adapters(model, name) if name else disable_adapters(model):
-                results |= zip(rows, self._predict(task, pictures[rows], [examples[row] for row in rows]), strict=True)
-        return [results[row] for row in range(len(examples))]
-
-    def _predict(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
-        """Return one prediction per image."""
+        if self.by_group:
+            return self._predict_groups(task, pictures, examples)
+        if self.adapter is None:  # the caller may have chosen other adapters since the last batch
+            self.device = None
         # A block that is entered with gradients on sets `routing.recorded`. A training of the caller with activation
         # checkpointing would then need `checkpoint_context`.
         with torch.no_grad(), self.base.active(task.backbone.model, self.adapter):
             if self.texts:
                 return [replace(p, score=p.ranking[0][1]) for p in super().__call__(task, pictures, examples)]
             return self._scored(task, pictures, examples)
+
+    def _predict_groups(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+        """Return one prediction per image. Each adapter predicts its images in a batch of their own."""
+        model, results = task.backbone.model, dict[int, Prediction]()
+        for name in dict.fromkeys(example.group for example in examples):
+            rows = [row for row, example in enumerate(examples) if example.group == name]
+            predict = AdapterPredictor(self.texts, self.base, None)  # each adapter encodes the texts
+            with torch.no_grad(), use_adapters(model, name) if name else disable_adapters(model):
+                results |= zip(rows, predict(task, pictures[rows], [examples[row] for row in rows]), strict=True)
+        return [results[row] for row in range(len(examples))]

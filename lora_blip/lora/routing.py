@@ -4,6 +4,7 @@
 adapters active while a layer is computed again in the backward pass.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -63,8 +64,8 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     check_names(model, [name for name in each if name is not None])
     if not each:
         raise LoRAError("the list of adapters is empty; name one for every row, such as ['default', None] (None is the base)")
-    if beams < 1:
-        raise LoRAError(f"beams = {beams}: expected at least 1")
+    if type(beams) is not int or beams < 1:
+        raise LoRAError(f"beams = {beams!r}: expected a whole number of at least 1, such as beams=3")
 
     def active(outer: ActiveAdapters) -> ActiveAdapters:
         off = ActiveAdapters(outer.off, outer.all_off)
@@ -96,9 +97,11 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     check_names(model, names)
     check_unheld(model, *names)
     refuse_baked(model)
-    with _block(
-        model, "disabled", lambda outer: replace(outer, off=outer.off | set(names), all_off=outer.all_off or not names)
-    ):
+
+    def active(outer: ActiveAdapters) -> ActiveAdapters:
+        return replace(outer, off=outer.off | set(names)) if names else ActiveAdapters(outer.off, all_off=True)
+
+    with _block(model, "disabled", active):
         yield
 
 
@@ -109,11 +112,23 @@ def _block(model: nn.Module, verb: str, active: Callable[[ActiveAdapters], Activ
     with routing.lock:  # no merge can start between the check and the entry
         if has_merged(model):
             raise LoRAError(f"adapters are merged into the weights, so none can be {verb}; call restore(model) first")
-        block = enter(routing, active(routing.active))
+        block = enter(routing, active(routing.active), model=weakref.ref(model))
     try:
         yield
     finally:
         leave(block)
+
+
+def check_block(model: nn.Module) -> None:
+    """Raise LoRAError if the current block names an adapter that is no longer on the model.
+
+    A task or thread that was started in a block keeps the block after its end, when `eject` may remove the adapter.
+    """
+    block = CURRENT.get()
+    while block is not None:
+        if block.model is not None and block.model() is model and not block.ended:
+            check_names(model, filter(None, (block.active.alone, *block.active.rows)))
+        block = block.outer
 
 
 def adapters_of_rows(model: nn.Module) -> list[str | None]:

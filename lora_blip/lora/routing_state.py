@@ -5,6 +5,7 @@ The `AdapterRouting` of a model also contains the set of all its blocks, because
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -13,7 +14,7 @@ from enum import Enum
 from typing import Any, Optional, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.call_batch import CallBatch, call_batch
@@ -148,6 +149,7 @@ class Block:
     outer: Optional["Block"]  # the enclosing block, perhaps of another model
     recomputes: bool = False  # True while a layer is computed again, see `checkpoint_context`
     batch: CallBatch | None = None  # the batch of the call that is recomputed
+    model: weakref.ref[nn.Module] | None = None  # the model that `use_adapters` was called with
     ended: bool = False  # True if the block ended while it was not the current one; CURRENT may still hold it
 
 
@@ -197,9 +199,12 @@ def outside_blocks(act: Callable[[], Result]) -> Result:
     return copy_context().run(run)
 
 
-def enter(routing: AdapterRouting, active: ActiveAdapters, recomputes: bool = False, batch: CallBatch | None = None) -> Block:
+def enter(
+    routing: AdapterRouting, active: ActiveAdapters, recomputes: bool = False, batch: CallBatch | None = None,
+    model: weakref.ref[nn.Module] | None = None,
+) -> Block:  # fmt: skip
     """Start a block in this thread or task."""
-    block = Block(routing, active, CURRENT.get(), recomputes, batch)
+    block = Block(routing, active, CURRENT.get(), recomputes, batch, model)
     with routing.lock:
         routing.blocks.add(block)
     routing.entered = routing.used = True

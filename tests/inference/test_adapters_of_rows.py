@@ -1,5 +1,7 @@
 """Test captioners in blocks of `use_adapters` and `disable_adapters`: each prediction is that of the chosen adapter alone."""
 
+import asyncio
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,89 @@ def test_rankings_use_the_adapters_of_their_images(backbone, photos):
     assert found == pytest.approx(expected, abs=1e-4) and len({round(p, 3) for p in expected}) > 2
 
 
+@pytest.mark.parametrize("kind", ["itm", "itm2"])
+def test_texts_are_encoded_by_the_adapter_of_each_image(make, photos, kind):
+    """Before, the adapter of the first image encoded the texts for all."""
+    backbone, texts = make(kind), ["a red picture", "a blue picture", "one cube"]
+    names: list[str | None] = ["one", None, "two", "one", None, "two", "one"]
+    for name in ("one", "two"):
+        for lora in lora_blip.inject(backbone, "qformer" if kind == "itm2" else "vit,text", name=name).values():
+            torch.nn.init.normal_(lora.B, std=0.3)
+    captioner = Captioner.from_adapter(None, base=backbone, batch_size=2)
+    expected = []
+    for photo, name in zip(photos, names, strict=True):
+        with lora_blip.use_adapters(backbone, name) if name else lora_blip.disable_adapters(backbone):
+            expected.append(dict(captioner.rank(photo, texts).ranking)[texts[0]])
+    with lora_blip.use_adapters(backbone, names):
+        found = [dict(each.ranking)[texts[0]] for each in captioner.rank(photos, texts)]
+    assert found == pytest.approx(expected, abs=1e-4) and len({round(p, 2) for p in expected}) > 2
+    stream = captioner.stream(iter(photos), texts=texts)  # each batch follows the block in which it is computed
+    found = []
+    for start in range(0, len(photos), 2):
+        with lora_blip.use_adapters(backbone, "one" if start % 4 else "two"):
+            found += [dict(each.ranking)[texts[0]] for each in itertools.islice(stream, 2)]
+    for start in range(0, len(photos), 2):
+        with lora_blip.use_adapters(backbone, "one" if start % 4 else "two"):
+            alone = [dict(captioner.rank(photo, texts).ranking)[texts[0]] for photo in photos[start : start + 2]]
+        assert found[start : start + 2] == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_captioner_with_its_own_adapter_does_not_disturb_lists_with_none(photos, tmp_path, backbone):
+    """Before, a list with None was an error while another captioner with an adapter was open on the base."""
+    expected = alone(backbone, photos)
+    path = lora_blip.save_adapter(tmp_path / "adapter.safetensors", backbone, name="vqa", task={"name": "caption"})
+    captioner = Captioner.from_adapter(None, base=backbone, max_new_tokens=6)
+    own = Captioner.from_adapter(path, base=backbone, max_new_tokens=6)
+    with lora_blip.use_adapters(backbone, NAMES):
+        assert [each.text for each in captioner(photos)] == expected
+        with lora_blip.disable_adapters(backbone):  # a block inside a block with a list
+            base = [each.text for each in captioner(photos)]
+    with lora_blip.disable_adapters(backbone):
+        assert [each.text for each in captioner(photos)] == base
+    assert own(photos[0]).text == expected[0]
+
+
+def test_a_task_that_keeps_the_block_of_a_removed_adapter_raises_an_error(backbone, photos):
+    """A task that was started in a block keeps the block. Before, its prediction was that of the base."""
+    captioner = Captioner.from_adapter(None, base=backbone, max_new_tokens=6)
+
+    async def handle(ready: asyncio.Event) -> str:
+        await ready.wait()
+        return (await asyncio.to_thread(captioner, photos[0])).text
+
+    async def serve(remove: bool) -> str:
+        ready = asyncio.Event()
+        with lora_blip.use_adapters(backbone, "vqa"):
+            task = asyncio.create_task(handle(ready))
+        await asyncio.sleep(0)
+        if remove:
+            lora_blip.eject(backbone)
+        ready.set()
+        return await task
+
+    with lora_blip.use_adapters(backbone, "vqa"):
+        expected = captioner(photos[0]).text
+    assert asyncio.run(serve(remove=False)) == expected
+    with pytest.raises(LoRAError, match="the model has no adapter 'vqa'"):
+        asyncio.run(serve(remove=True))
+    assert captioner(photos[0]).text
+
+
+@pytest.mark.parametrize("beams", ["x", 0, 1.5, True, None])
+def test_a_wrong_number_of_beams_is_an_error(backbone, beams):
+    with (
+        pytest.raises(LoRAError, match="expected a whole number of at least 1, such as beams=3"),
+        lora_blip.use_adapters(backbone, ["vqa"], beams=beams),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("count", [1, 6, 8])
 def test_a_wrong_number_of_names_is_an_error_before_the_first_image(backbone, photos, count):
     captioner = Captioner.from_adapter(None, base=backbone, max_new_tokens=6)
     with (
         lora_blip.use_adapters(backbone, (NAMES * 2)[:count]),
-        pytest.raises(InputError, match=rf"but use_adapters names adapters for {count}; name one for each image"),
+        pytest.raises(InputError, match=rf"use_adapters names {count} adapters?, but .*; name one for each image"),
     ):
         captioner(photos)
     assert backbone.fast
