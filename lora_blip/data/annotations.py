@@ -36,6 +36,7 @@ from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
 TABLES = (".csv", ".tsv", ".xlsx")
 SMALL = 2**26  # bytes of a table whose columns are checked before torch is imported; the encoding of all lines is read for it
+Lines = list[Example | tuple[Location, str]]  # an Example, or a location and the reason why it is invalid
 MANY_MISSING = 3  # if all images are missing: smallest number of images for which one error replaces the list
 SKIP = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
@@ -196,7 +197,7 @@ def refuse_unknown_columns(source: str | Path, keys: Keys, setting: str = "annot
 
 def _parsed(
     source: Path, entries: Callable[[], Iterator[Located]], builder: ExampleBuilder, report: Callable[[str], object]
-) -> list[Example | tuple[Location, str]]:
+) -> Lines:
     """Return an Example, or (location, reason), for each entry. Report the keys that are ignored."""
     try:
         parsed = [builder.build(entry, number) for number, entry in entries()]
@@ -208,9 +209,8 @@ def _parsed(
 
 
 def _find_moved(
-    parsed: list[Example | tuple[Location, str]], builder: ExampleBuilder, decode: bool, find_all: bool,
-    report: Callable[[str], object],
-) -> dict[str, str]:  # fmt: skip
+    parsed: Lines, builder: ExampleBuilder, decode: bool, find_all: bool, report: Callable[[str], object]
+) -> dict[str, str]:
     """Set the new paths of moved images in `parsed`. If `decode`, return {image file: reason} for the images not found."""
     firsts = ((name, first.file) for name, first in builder.firsts.items())
     moved, missing = moved_images(firsts, builder.root, find_all, lambda text: report(printable(f"{builder.source}: {text}")))
@@ -218,8 +218,9 @@ def _find_moved(
         if isinstance(example, Example) and example.file in moved:
             IMAGE_SLOT.__set__(example, moved[example.file])
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
-        first = next(iter(builder.firsts))
-        fix = long_path_advice(builder.root / first) or "set IMAGE_ROOT (--image-root) to the folder of the images"
+        first, (_, _, near) = next(iter(builder.firsts)), next(iter(missing.values())).partition("nearest existing name is ")
+        fix = f"the nearest name there is {near}; correct the names, or " * bool(near)
+        fix = long_path_advice(builder.root / first) or f"{fix}set IMAGE_ROOT (--image-root) to the folder of the images"
         fix = columns.swapped([example.text for example in builder.firsts.values()]) or fix
         text = f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; {quoted(first)} "
         raise DataError(printable(f"{text}does not exist there; {fix}"))
@@ -227,9 +228,8 @@ def _find_moved(
 
 
 def trimmed(
-    source: str | Path, lines: list[Example | tuple[Location, str]], trim: Callable[[Example], Example],
-    report: Callable[[str], object] = print,
-) -> list[Example | tuple[Location, str]]:  # fmt: skip
+    source: str | Path, lines: Lines, trim: Callable[[Example], Example], report: Callable[[str], object] = print
+) -> Lines:
     """Return the lines with the prompt removed from the start of their texts. Report the number of changed lines.
 
     A line whose text is only the prompt becomes invalid.
@@ -268,7 +268,7 @@ def many_objects() -> Iterator[None]:
 
 
 def _checked(
-    source: Path, parsed: list[Example | tuple[Location, str]], broken: dict[str, str],
+    source: Path, parsed: Lines, broken: dict[str, str],
     check: Callable[[Example], str] | None, pretokenize: Callable[[list[Example]], None] | None,
 ) -> tuple[list[Example], list[Problem]]:  # fmt: skip
     """Return the valid lines and the problems. broken: {image file: the reason why it cannot be read}."""

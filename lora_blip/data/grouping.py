@@ -106,7 +106,7 @@ def observed(
     for at, entry in entries():
         if groups.column and isinstance(entry, dict):
             groups.columns = groups.columns or dict.fromkeys(entry)
-            columns[at] = {groups.column: entry.get(groups.column)}
+            columns[at] = {groups.column: groups.value_in(entry)}
         yield at, entry
 
 

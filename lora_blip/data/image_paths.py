@@ -202,8 +202,12 @@ def _folded(folders: Folders) -> Folders:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """Return the name that differs only in the zeros before its numbers, or else the most similar one, or ""."""
-    equal = (other for other in names if ZEROS.sub("", other) == ZEROS.sub("", name))
+    """Return the name that differs only in the zeros before its numbers and in a missing suffix, or else the most similar one.
+
+    A spreadsheet program makes 1 of 0001.jpg if the name is written without its suffix. Return "" if no name is similar.
+    """
+    forms = {ZEROS.sub("", each) for each in _names_of(name)}
+    equal = (other for other in names if ZEROS.sub("", other) in forms)
     similar = (other for other in names if similar_without_suffix(name, other))
     return next(equal, "") or next(iter(difflib.get_close_matches(name, similar, 1, 0.4)), "")
 

@@ -21,6 +21,7 @@ ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
 BOOLEANS = {"TRUE": "yes", "FALSE": "no"}  # as spreadsheet programs write them into a CSV
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
+ADDRESS = re.compile(r"\w+://\S+")
 DELIMITERS = ",\t;|"
 DELIMITER_LINE = re.compile(r'"?sep=(.)"?\1*\s*', re.IGNORECASE)  # the first line of some CSV files, for Excel
 MOST_TITLES = 10  # rows above the header
@@ -88,18 +89,19 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
 def titles_above(rows: list[list[str]], keys: Keys) -> int:
     """Return the number of rows with one cell above a header: titles, as in a sheet that was saved as CSV.
 
-    A header has known or named columns, or it has no name of an image and is above a row that has one.
+    A header has known or named columns, or it is above a row with the name of an image. No row above that one has an image.
     """
     for number, row in enumerate(rows[: MOST_TITLES + 1]):
         if sum(bool(cell.strip()) for cell in row) != 1:
-            above_images = not _has_image(row) and any(len(each) == len(row) and _has_image(each) for each in rows[number:])
+            before_images = not any(map(_has_image, rows[: number + 1]))
+            above_images = before_images and any(len(each) == len(row) and _has_image(each) for each in rows[number:])
             return number if has_known_columns(row, keys) or above_images else 0
     return 0
 
 
 def _has_image(row: list[str]) -> bool:
-    """Return True if a cell is the name or the address of an image."""
-    return any("://" in cell or IMAGE_NAME.fullmatch(cell.strip()) for cell in row)
+    """Return True if a cell is the name of an image, or an address."""
+    return any(ADDRESS.fullmatch(cell.strip()) or IMAGE_NAME.fullmatch(cell.strip()) for cell in row)
 
 
 def has_known_columns(row: list[str], keys: Keys) -> bool:
@@ -116,14 +118,15 @@ def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
     usual: the delimiter to prefer if several are equally good.
     """
 
-    def score(delimiter: str) -> tuple[bool, float, bool, int]:
+    def score(delimiter: str) -> tuple[bool, bool, float, bool, int]:
         rows = [row for row in csv.reader(sample, delimiter=delimiter) if row]
-        rows = rows[titles_above(rows, keys) :]
+        titles = titles_above(rows, keys)
+        rows = rows[titles:]
         header = rows[0] if rows else []
         known = has_known_columns(header, keys)
         counts = [len(row) for row in rows]
         share = counts.count(counts[0]) / len(counts) if counts and counts[0] > 1 else 0.0
-        return known and len(header) > 1, share, delimiter == usual, counts[0] if counts else 0
+        return known and len(header) > 1, share > 0 and not titles, share, delimiter == usual, counts[0] if counts else 0
 
     try:
         return max(DELIMITERS, key=score) if sample else usual

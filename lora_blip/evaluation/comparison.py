@@ -33,6 +33,7 @@ from lora_blip.runtime.system_errors import writing
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import require_folder
+from lora_blip.tasks import retrieval
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.caption import IS_QUESTION
 from lora_blip.tasks.text_length import TextCount
@@ -97,15 +98,15 @@ def other_task_named(config: EvaluateConfig, adapter: Adapter | None) -> Iterato
     try:
         yield
     except DataError as error:
-        wanted = "caption" if NO_QUESTION in str(error) else "vqa" if IS_QUESTION in str(error) else ""
-        if not wanted:
+        text, kinds = str(error), {NO_QUESTION: "caption", IS_QUESTION: "vqa", retrieval.IS_QUESTION: "vqa"}
+        problem = next((problem for problem in kinds if problem in text), "")
+        if not problem:
             raise
-        text = str(error)
         if adapter:  # the end of the message is about training
-            start = text.partition(NO_QUESTION if wanted == "caption" else IS_QUESTION)
+            start = text.partition(problem)
             own = f"the adapter {adapter.path} is for the task {adapter.task.get('name')}; give references of this task"
             text = printable(f"{start[0]}{start[1]}{own}, or another adapter")
-        raise DataError(f"{text}{advice(wanted, config.adapter, adapter)}") from None
+        raise DataError(f"{text}{advice(kinds[problem], config.adapter, adapter)}") from None
 
 
 def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapter | None = None) -> list[Example]:

@@ -79,6 +79,7 @@ def examples_to_predict(
     references: dict[Path, list[Example]],
     texts: list[str],
     keys: Keys = NO_KEYS,
+    image_root: str = "",
 ) -> Iterable[Example]:
     """Return the examples to predict: each image with its questions or prompts.
 
@@ -110,7 +111,7 @@ def examples_to_predict(
         question = annotations.plain(question)
         check_questions(task, [example_of("", question)])
         return WithQuestion(images, question)
-    lines = read_references(question, "", images, keys, "question") if question else references
+    lines = read_references(question, image_root, images, keys, "question") if question else references
     unique = list({task.subject(example): example for group in lines.values() for example in group}.values())
     if not unique:
         raise OtherTaskError(

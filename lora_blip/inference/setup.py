@@ -70,7 +70,9 @@ def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[PredictionTask, st
     task, precision = open_task(config, inputs.adapter)
     inputs.references = trim_references(task, config.references, inputs.references)
     try:
-        examples = examples_to_predict(task, inputs.images, config.question, inputs.references, inputs.texts, keys_of(config))
+        examples = examples_to_predict(
+            task, inputs.images, config.question, inputs.references, inputs.texts, keys_of(config), config.image_root
+        )
     except OtherTaskError as error:
         raise ConfigError(f"{error}{advice(error.wanted, config.adapter, inputs.adapter, config.runs)}") from None
     run_identity = output.identity(config, task, inputs.adapter, precision, by_references=isinstance(examples, WithPrompts))

@@ -7,6 +7,7 @@ is copied or pickled keeps its adapters and hooks.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from lora_blip.lora.variants import CLASSES, DoRA, original_of
 from lora_blip.runtime.runs import is_adapter, is_peft
 from lora_blip.runtime.untrusted import quoted
 
+# The routing of a model without adapters: a block may begin before the first adapter, and end after the last one.
+BARE: "WeakKeyDictionary[nn.Module, AdapterRouting]" = WeakKeyDictionary()
 BAKED = "has_baked_adapters"  # name of an attribute of a model: True after `bake`
 FAST = "fast_update"  # name of an attribute of a model: True if its adapters may use `fused`
 
@@ -125,7 +128,7 @@ def share_routing(model: nn.Module) -> AdapterRouting:
     """Make all linears of a model share one routing, and return it. Parts of the model may have had their own."""
     modules = modules_of(model).values()
     stacks: list[Any] = [module.lora for module in modules if has_adapters(module)]
-    routings = list(dict.fromkeys(stack.routing for stack in stacks)) or [AdapterRouting()]
+    routings = list(dict.fromkeys(stack.routing for stack in stacks)) or [BARE.setdefault(model, AdapterRouting())]
     in_block = [routing for routing in routings if routing.blocks]
     if len(in_block) > 1:
         raise LoRAError(

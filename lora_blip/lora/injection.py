@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_blip.errors import LoRAError
 from lora_blip.lora.adapter_tensors import parameters_of
 from lora_blip.lora.attached import (
+    BARE,
     Loaded,
     adapted_linears,
     adapters,
@@ -205,6 +206,8 @@ def _remove_from_all(model: nn.Module, name: str | None) -> None:
             check_stored(path, linear)
     fold_all(hooked, refold)
     complete(lambda: _remove_keys(hooked, leaving, staying))
+    if routing.blocks and not adapted_linears(model):
+        BARE[model] = routing
     gone = {name_of(key) for keys in leaving.values() for key in keys}
     # `model` may be a part of a model, and a linear outside it may still have the adapter
     routing.dormant -= gone.difference(name for whole in related(model) for name in attached_names(whole))

@@ -190,7 +190,12 @@ def _fix(count: int, active: ActiveAdapters) -> str:
 
 
 def outside_blocks(act: Callable[[], Result]) -> Result:
-    """Return `act()`, which does not use the blocks of `use_adapters` and `disable_adapters` around this call."""
+    """Return `act()`. If a block of `use_adapters` around this call chooses adapters by row, `act` is outside of all blocks."""
+    block = CURRENT.get()
+    while block is not None and not block.active.count:
+        block = block.outer
+    if block is None:
+        return act()
 
     def run() -> Result:
         CURRENT.set(None)

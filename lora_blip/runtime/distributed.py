@@ -170,9 +170,10 @@ def joined() -> Iterator[Ranks]:
         return
     cuda = torch.cuda.is_available()
     store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
-    # After a restart, torchrun's store still contains the addresses of dead ranks. A prefix for each restart separates them.
+    # torchrun's store still contains the addresses of an earlier group of these processes, and after a restart those of dead
+    # ranks. A prefix separates them.
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else ""
-    store = distributed.PrefixStore(f"life {restart}", store)
+    store = distributed.PrefixStore(f"life {restart} group {len(GROUPS)}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=count)
     GROUPS.append(distributed.group.WORLD)

@@ -29,10 +29,8 @@ from lora_blip.tasks.losses import hard_negatives, itc_loss
 TEMPERATURE = 0.07  # before training, as in CLIP and BLIP
 RERANKED = 16  # texts with the highest ITC similarity, for which ITM is computed too
 CHUNK = 64  # pairs in one forward of ITM
-QUESTION = (
-    "it is a question, and retrieval needs texts; to train on questions, choose a checkpoint for questions "
-    "(--model Salesforce/blip-vqa-base)"
-)
+IS_QUESTION = "it is a question, and retrieval needs texts; "
+FOR_QUESTIONS = "to train on questions, choose a checkpoint for questions (--model Salesforce/blip-vqa-base)"
 
 
 class Features(NamedTuple):
@@ -98,7 +96,7 @@ class RetrievalTask(Task[TokenizedTexts]):
             return 'the line has a prompt, which retrieval does not use; remove the key "prompt"'
         if example.text:
             return self.check_text(example.text)
-        return QUESTION if example.question else 'no text: retrieval needs one; add the key "text"'
+        return IS_QUESTION + FOR_QUESTIONS if example.question else 'no text: retrieval needs one; add the key "text"'
 
     def check_text(self, text: str) -> str:
         """Return why a text cannot be matched, or ""."""

@@ -251,7 +251,7 @@ def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> 
 def how_to_hold_out(annotations: str, training: Sequence[Example]) -> str:
     """Return how to hold out chosen images: a validation file of the same format beside the annotations, or a folder."""
     source = Path(annotations)
-    if source.suffix.lower() in (".jsonl", ".csv", ".tsv"):
+    if source.is_file() and source.suffix.lower() in (".jsonl", ".csv", ".tsv"):
         target = source.with_name(f"val{source.suffix}")
         header = "" if source.suffix.lower() == ".jsonl" else ", below the same first line"
         if target != source and not target.exists():

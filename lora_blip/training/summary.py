@@ -121,7 +121,8 @@ def evaluate_line(
         images = "the validation images"
     else:
         kind = "questions with answers" if asks else "texts"
-        same = f" with the {'columns' if _is_table(source) else 'keys'} of {source.name}" * any(
+        name = "the annotations" if "," in annotations else source.name
+        same = f" with the {'columns' if _is_table(source) else 'keys'} of {name}" * any(
             part.endswith("-key") for part in reading
         )
         images = f"images that training has not used (write their images and {kind} to {new}{same} first)"

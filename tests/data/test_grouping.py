@@ -17,6 +17,7 @@ from lora_blip.data.grouping import Groups, components, draw, equal_files
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.regex_limit import LimitedRegex
+from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.examples import read_examples
 
 
@@ -136,6 +137,18 @@ def test_equal_files_are_those_of_equal_bytes(tmp_path, seed):
     links = equal_files([*paths, (99, tmp_path / "missing")])
     equal = {(a, b) for a, link in links for b, other in links if a < b and link == other}
     assert equal == {(a, b) for a in range(12) for b in range(a + 1, 12) if contents[a] == contents[b]}
+
+
+@pytest.mark.parametrize("by", ["Szene 1", "szene_1", "SZENE-1"])
+def test_a_training_groups_by_a_column_of_a_table_in_any_spelling(tmp_path, by, capsys, make):
+    """Before, only `prepare` did."""
+    for n in range(12):
+        Image.new("RGB", (9, 9), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "x.csv").write_text("image;text;Szene 1\n" + "".join(f"{n}.png;a {n};{n // 3}\n" for n in range(12)))
+    config = TrainConfig(annotations=str(tmp_path / "x.csv"), group_by=by, val_fraction=0.25)
+    training, validation, _ = read_examples(config, CaptionTask(make("blip")))
+    scenes = [{int(e.image.stem) // 3 for e in lines} for lines in (training, validation)]
+    assert scenes[0] and scenes[1] and not scenes[0] & scenes[1] and "group" in capsys.readouterr().out
 
 
 def test_an_impossible_group_by_names_the_columns_and_the_fix(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from unittest.mock import Mock
@@ -18,7 +19,9 @@ from lora_blip.evaluation import comparison
 from lora_blip.evaluation.leak_search import search_leaks
 from lora_blip.inference import questions
 from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.retrieval import RetrievalTask
 from lora_blip.training.examples import read_examples, read_file
+from lora_blip.training.setup import how_to_hold_out
 
 Lines = list[dict]
 
@@ -257,6 +260,85 @@ def test_the_case_of_a_text_file_does_not_matter_if_its_image_is_clear(tmp_path)
         "F/1.png": "six",
     }
     assert sorted(str(problem.line) for problem in problems) == ["C.png", "E.png", "c.png"]
+
+
+def split_files(folder: Path, files: dict[str, int]) -> Path:
+    """Write tables with as many images as given, and return their folder. The images are in the folder photos beside it."""
+    (photos := folder.with_name("photos")).mkdir()
+    for name, count in files.items():
+        table = folder / name
+        table.parent.mkdir(parents=True, exist_ok=True)
+        rows = [f"{table.parent.name}_{table.stem}_{n}.png" for n in range(count)]
+        for row in rows:
+            Image.new("RGB", (9, 9), (37 * len(row) % 256, 60 + 9 * int(row[-5]), sum(map(ord, row)) % 256)).save(photos / row)
+        table.write_text("image,text\n" + "".join(f"{row},{row}\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train_1.csv": 3, "train_2.csv": 2, "val.csv": 2, "test.csv": 1},
+        {"train/a.csv": 3, "train/b.csv": 2, "val/a.csv": 2, "test/c.csv": 1},
+    ],
+)
+def test_listed_files_have_the_splits_of_their_names(tmp_path, make, files):
+    """Before, the splits were ignored if the rest of the names differed: test images were trained on."""
+    folder, photos = split_files(tmp_path / "set", files), str(tmp_path / "photos")
+    with pytest.raises(DataError, match=r"contains several files \(.*\); give all of them: --annotations") as error:
+        annotations.read(folder)
+    source = shlex.split(str(error.value).partition("--annotations ")[2])[0]
+    config = TrainConfig(annotations=source, image_root=photos)
+    training, validation, drawn = read_examples(config, CaptionTask(make("blip")))
+    assert (len(training), len(validation), drawn) == (5, 2, False)
+    written = prepare(PrepareConfig(source=source, images=photos, output_dir=str(tmp_path / "out")))
+    assert {split: len(path.read_text().splitlines()) for split, path in written.items()} == {"train": 5, "val": 2, "test": 1}
+    for image in Path(photos).iterdir():
+        image.rename(folder / image.name)
+    with pytest.raises(DataError, match="if these files contain the captions: --annotations ") as error:
+        annotations.read(folder)
+    listed = shlex.split(str(error.value).partition("the captions: --annotations ")[2].partition(";")[0])[0]
+    assert sorted(listed.split(",")) == sorted(source.split(","))
+
+
+def test_a_listed_file_without_a_split_beside_files_with_splits_is_an_error(tmp_path):
+    folder = split_files(tmp_path / "set", {"train.csv": 2, "extra.csv": 2, "test.csv": 1})
+    source = ",".join(str(folder / name) for name in ("train.csv", "extra.csv", "test.csv"))
+    with pytest.raises(DataError, match=r"the name of .*extra\.csv has no split, .* train_extra\.csv if it is for training"):
+        annotations.read(source)
+    lines, _ = annotations.read(",".join(str(folder / name) for name in ("train.csv", "extra.csv")), tmp_path / "photos")
+    assert len(lines) == 4
+    with pytest.raises(DataError, match=r"give one of them: --annotations .*/(extra|train)\.csv$"):  # and not the test file
+        annotations.read(folder)
+
+
+def test_the_next_command_of_prepare_trains_on_questions(tmp_path, capsys, monkeypatch):
+    """Before, it had no task, and the training asked for one."""
+    monkeypatch.setattr("sys.argv", ["lora-blip"])
+    photos(tmp_path, *(f"{n}.png" for n in range(8)))
+    rows = "".join(f"{n}.png,what is it?,a {n}\n" for n in range(8))
+    (tmp_path / "x.csv").write_text(f"image,question,answer\n{rows}")
+    prepare(PrepareConfig(source=str(tmp_path / "x.csv"), output_dir=str(tmp_path / "out")))
+    next_line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    assert next_line.endswith("val.jsonl --task vqa")
+    (tmp_path / "x.csv").write_text("image,text\n" + "".join(f"{n}.png,a {n}\n" for n in range(8)))
+    prepare(PrepareConfig(source=str(tmp_path / "x.csv"), output_dir=str(tmp_path / "captions")))
+    assert "--task" not in capsys.readouterr().out
+
+
+def test_images_to_hold_out_are_not_moved_into_a_list_of_files(tmp_path):
+    (tmp_path / "a.csv").touch()
+    assert f"to {tmp_path / 'val.csv'}" in how_to_hold_out(str(tmp_path / "a.csv"), [])
+    assert how_to_hold_out(f"{tmp_path}/a.csv,{tmp_path}/b.csv", []).startswith("hold them out in a file of their own")
+
+
+def test_references_that_are_questions_name_the_task_of_a_retrieval_adapter(tmp_path, make):
+    """Before, the fix was for a training."""
+    photos(tmp_path, "1.png")
+    (tmp_path / "q.jsonl").write_text('{"image": "1.png", "question": "what?", "answers": ["a"]}\n')
+    adapter: Any = Mock(path=Path("run/adapter.safetensors"), task={"name": "retrieval"})
+    with pytest.raises(DataError, match=r"it is a question, and retrieval needs texts; the adapter run/.* is for the task ret"):
+        comparison.read_references(EvaluateConfig(references=str(tmp_path / "q.jsonl")), RetrievalTask(make("itm")), adapter)
 
 
 def test_lines_of_other_splits_are_not_trained_on_if_there_is_a_validation_file(tmp_path, capsys, make):

@@ -137,3 +137,12 @@ def test_the_default_splits_of_one_or_two_images_have_fewer_parts(folder, count,
     images = "1 image is" if count == 1 else f"{count} images are"
     assert (f"{images} too few for train, val and test, so the output is only {parts}\n" in out) == bool(parts)
     assert " 1 caption of 1 image " in out
+
+
+def test_names_whose_zeros_and_suffix_a_spreadsheet_removed_give_the_nearest_name(tmp_path):
+    """Before, the fix was the folder of the images, which was right."""
+    for n in range(1, 5):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{n:04}.jpg")
+    (tmp_path / "x.csv").write_text("image,text\n" + "".join(f"{n},a\n" for n in range(1, 5)))
+    with pytest.raises(DataError, match=r"the nearest name there is '0001\.jpg'; correct the names, or set IMAGE_ROOT"):
+        annotations.read(tmp_path / "x.csv")

@@ -303,6 +303,26 @@ def test_a_title_above_unknown_columns_of_a_csv_is_not_their_header(folder, deli
     assert [(e.name, e.text) for e in lines] == [("1.png", "a cat"), ("2.png", "a dog")]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.csv", "1.png,\n2.jfif,a cat\n2.png,a dog\n", {}),  # no header; the first row has no text
+        ("x.tsv", "1.png\t\n1.png\ta cat\n2.png\tseen at http://x.org\n", {"1.png": "a cat", "2.png": "seen at http://x.org"}),
+        ("x.tsv", "Bild|image|text\na|1.png|a dog\nb|2.png|red, round\n", {"1.png": "a dog", "2.png": "red, round"}),
+        ("x.csv", "image|text\n1.png|a dog\n2.png|red, round\n", {"1.png": "a dog", "2.png": "red, round"}),
+    ],
+)
+def test_no_row_of_a_table_becomes_a_title(folder, name, content, expected):
+    """A row with an image is no title, and a delimiter that needs no titles is better."""
+    (folder / name).write_text(content)
+    if expected:
+        lines, problems = annotations.read(folder / name, on_bad_data="skip")
+        assert {e.name: e.text for e in lines} == expected and len(lines) + len(problems) >= content.count(".png\t")
+    else:
+        with pytest.raises(DataError):
+            annotations.read(folder / name)
+
+
 def test_a_first_row_with_one_cell_above_rows_of_images_is_not_a_title(folder):
     """The file has no header, and its first row is incomplete. That row is an error, and no other row becomes a header."""
     (folder / "x.tsv").write_text("1.png\n1.png\ta cat\n2.png\ta dog\n")

@@ -197,6 +197,23 @@ def test_a_disabled_block_is_the_base_also_if_an_adapter_is_loaded_in_it(make, p
     assert attached.names(base.model) == ["first", "second"] and captioner(photos) != expected
 
 
+@pytest.mark.parametrize("eject_first", [False, True])
+def test_a_disabled_block_of_a_model_without_adapters_disables_a_later_adapter(make, photos, backbone, tmp_path, eject_first):
+    """The block begins before the first adapter, or the last adapter is removed in it."""
+    path = lora_blip.save_adapter(tmp_path / "adapter.safetensors", backbone, name="vqa", task={"name": "caption"})
+    base = make("blip")
+    captioner = Captioner.from_adapter(None, base=base, max_new_tokens=6)
+    expected = captioner(photos)
+    if eject_first:
+        lora_blip.load_adapter(base, path, name="first")
+    with lora_blip.disable_adapters(base):
+        if eject_first:
+            lora_blip.eject(base)
+        lora_blip.load_adapter(base, path, name="second")
+        assert captioner(photos) == expected
+    assert captioner(photos) != expected
+
+
 @pytest.mark.parametrize(("names", "beams"), [(["vqa", "caption"], 3), (["vqa"] * 3 + ["caption"] * 3, 3)])
 def test_a_beam_search_with_adapters_by_row_names_the_argument_to_give(backbone, names, beams):
     """The first list needs `beams`. The second names each row of the search, which does not work either."""

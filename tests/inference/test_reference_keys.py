@@ -12,6 +12,8 @@ from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource
 from lora_blip.errors import DataError
 from lora_blip.inference.questions import read_references
+from lora_blip.inference.setup import Inputs, open_inputs
+from lora_blip.tasks.registry import TASKS
 
 
 def test_references_are_read_by_the_names_of_the_columns(tmp_path: Path):
@@ -67,3 +69,17 @@ def test_references_of_another_machine_are_found_after_many_missing_images(tmp_p
     found = read_references(str(tmp_path / "x.csv"), "", ImageSource(tmp_path))
     assert sorted(path.name for path in found) == ["1.png"] * bool(first) + ["2.png", "3.png"]
     assert ("has no line for 1 of 3 images: they have no score" in capsys.readouterr().out) == (not first)
+
+
+def test_a_file_of_questions_is_read_with_the_image_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make):
+    """Before, the message asked for --image-root, which had no effect."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.new("RGB", (30, 30)).save("photos/1.png")
+    Path("lists").mkdir()
+    Path("lists/q.jsonl").write_text('{"image": "1.png", "question": "what is it?"}\n')
+    config = InferConfig(model="m", adapter="none", images="photos", question="lists/q.jsonl", image_root="photos")
+    task = TASKS["vqa"](make("vqa"))
+    monkeypatch.setattr("lora_blip.inference.setup.open_task", lambda *_: (task, "fp32"))
+    _, _, examples, _ = open_inputs(config, Inputs(ImageSource("photos"), {}, [], None))
+    assert [(str(e.image), e.question) for e in examples] == [("photos/1.png", "what is it?")]

@@ -109,6 +109,20 @@ def test_a_finished_rank_ends_while_gloo_still_holds_an_object(last):
         assert run_processes(2, act) == [0, 0]
 
 
+def test_the_processes_of_torchrun_can_join_several_groups_one_after_the_other():
+    """Before, the second group read the addresses of the first one from the store, and waited forever."""
+
+    def act() -> None:
+        for _ in range(4):
+            with joined() as ranks:
+                model = DistributedDataParallel(torch.nn.Linear(2, 2))
+                model(torch.ones(1, 2)).sum().backward()
+                assert ranks.all_gather(ranks.rank) == [0, 1]
+
+    for _ in range(3):
+        assert run_processes(2, act) == [0, 0]
+
+
 @pytest.mark.parametrize("change", ["lines", "lr", "missing"])
 def test_ranks_with_other_inputs_stop_before_the_first_step(checkpoints, tmp_path, capfd, change):
     """If one rank has other data, other settings or an error, all ranks stop at once, and the error names the rank."""

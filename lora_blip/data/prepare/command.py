@@ -287,6 +287,7 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
         print(printable(f"{split:7} {texts_of_split:>18} of {counted(images, 'image')} → {files[split]}"))
     flags = {"train": "--annotations", "val": "--val-annotations"}
     words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
+    words += ["--task", "vqa"] * (data.kind == "questions")
     if rows["train"]:
         start = ["python", "train.py"] if is_our_script("train.py") else [*(program() or ["lora-blip"]), "train"]
         print("the images were found, but not decoded; training decodes all of them before its first step")

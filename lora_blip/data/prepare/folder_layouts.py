@@ -14,12 +14,13 @@ from lora_blip.data.formats import CP1252, LONGEST, TOO_LONG, from_cp1252, open_
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
 from lora_blip.data.prepare.sidecars import TRIED, entry_of_sidecar, image_of, sidecar_of
-from lora_blip.data.prepare.split_names import splits_of_files
+from lora_blip.data.prepare.split_names import own_splits, splits_of_files
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
 from lora_blip.runtime.untrusted import os_error_reason, parsed, printable, quoted
 
+HELD_OUT = re.compile(r"val|test|dev|eval", re.IGNORECASE)  # in the name of a file that may not be for training
 CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2dataset
 DEEPEST_FOLDER = 20  # largest number of levels of subfolders that are searched
 TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.xlsx", "*/*.csv", "*/*.json")  # files that may contain captions
@@ -116,7 +117,7 @@ def known_files(folder: Path, requested: str) -> dict[str, list[Path]]:
     return files
 
 
-def _text_files(folder: Path) -> list[Path]:
+def text_files(folder: Path) -> list[Path]:
     """Return the files in a folder that may contain texts."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [path for path in paths if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
@@ -128,9 +129,9 @@ def lone_files(folder: Path) -> list[Path]:
 
     If the folder has none, return those in its subfolders train/, val/ and test/ whose paths differ only in the split.
     """
-    files = _text_files(folder)
+    files = text_files(folder)
     if not files:  # a file in each of train/, val/ and test/
-        files = [path for below in sorted(folder.iterdir()) if below.name.lower() in SPLITS for path in _text_files(below)]
+        files = [path for below in sorted(folder.iterdir()) if below.name.lower() in SPLITS for path in text_files(below)]
         return files if splits_of_files(files) else []
     is_pair = [path.name.lower() for path in files] == ["annotations.json", "questions.json"]
     return files[:1] if is_pair else [path for path in files if not path.name.endswith("_stats.json")]  # of img2dataset
@@ -252,12 +253,11 @@ def _table_advice(folder: Path, flag: str) -> str:
     tables = [path for path in inside or beside if path.is_file()]
     if not tables:
         return ""
-    splits = splits_of_files(tables)
-    if splits:
+    splits = splits_of_files(tables) or own_splits(tables)
+    if splits and all(splits.values()):
         files = ",".join(map(str, sorted(tables, key=lambda path: (splits[path] != "train", path))))
         return f"; if these files contain the captions: {flag} {quote(files)}"
-    held_out = re.compile(r"val|test|dev|eval", re.IGNORECASE)
-    table = min(tables, key=lambda path: (bool(held_out.search(path.name + path.parent.name)), path))
+    table = min(tables, key=lambda path: (bool(HELD_OUT.search(path.name + path.parent.name)), path))
     return f"; if {printable(str(table))} contains the captions: {flag} {quote(str(table))}"
 
 

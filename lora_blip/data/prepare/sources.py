@@ -16,6 +16,7 @@ from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.detection import DOCUMENTS, LINES, TABLES, load
 from lora_blip.data.prepare.folder_layouts import (
+    HELD_OUT,
     META_CAP,
     captioned_entries,
     class_entries,
@@ -23,15 +24,17 @@ from lora_blip.data.prepare.folder_layouts import (
     layout_of,
     lone_files,
     refuse_without_template,
+    text_files,
 )
 from lora_blip.data.prepare.inline_images import LONGEST, unpacked
 from lora_blip.data.prepare.packed import PACKED, packed_files, refuse_packed, split_of
 from lora_blip.data.prepare.published import YEAR
-from lora_blip.data.prepare.split_names import splits_of_files, with_folder_splits, without_split
+from lora_blip.data.prepare.split_names import own_splits, splits_of_files, with_folder_splits, without_split
 from lora_blip.data.several_texts import several
 from lora_blip.data.summary import source_line
 from lora_blip.data.tables import table_delimiter
 from lora_blip.errors import DataError
+from lora_blip.runtime.system_errors import quoted_for_shell as quote
 from lora_blip.runtime.user_paths import suggestion
 
 USER_FORMATS = ("jsonl", "tsv", "csv", "xlsx", "folder")  # the user wrote the file and can fix it; other files are downloaded
@@ -139,9 +142,24 @@ def find_sources(
     ]
     if not sources and not folders:
         raise DataError(f"{source} has VQAv2's answers, but no questions; give both: {flag} questions.json,annotations.json")
-    splits = splits_of_files([one.path for one in sources])
+    splits = _splits_of([one.path for one in sources if not one.split])
     sources = folders + [replace(one, split=one.split or splits.get(one.path, "")) for one in sources]
     return [replace(one, keys=keys) for one in sources]
+
+
+def _splits_of(paths: list[Path]) -> dict[Path, str]:
+    """Return {file: the split of its name}, or {} if the names have no splits.
+
+    Raise DataError if only a part of the names has one: the other lines could be for training, or for a test.
+    """
+    splits = splits_of_files(paths) or own_splits(paths)
+    if without := [path for path in splits if not splits[path]]:
+        others = ", ".join(path.name for path in splits if splits[path])
+        raise DataError(
+            f"the name of {without[0]} has no split, and other names have one ({others}); rename the file, for example "
+            f"train_{without[0].name} if it is for training, or give only the files for training"
+        )
+    return splits
 
 
 def _layout_source(folder: Path, requested: str, template: str, flag: str) -> Source | None:
@@ -242,10 +260,18 @@ def _lone_files(folder: Path, flag: str) -> list[Path]:
     """
     files = lone_files(folder)
     if not files:
+        files = [path for below in sorted(folder.iterdir()) if below.name.lower() in SPLITS for path in text_files(below)]
+    if not files:
         raise DataError(f"{folder} contains no annotations; give the file that has them: {flag} {folder}/captions.csv")
     if not _is_one_data_set(files):
-        names = ", ".join(path.name for path in files[:SHOWN]) + ", …" * (len(files) > SHOWN)
-        raise DataError(f"{folder} contains several files ({names}); give one of them: {flag} {files[0]}")
+        names = ", ".join(path.relative_to(folder).as_posix() for path in files[:SHOWN]) + ", …" * (len(files) > SHOWN)
+        training = [path for path in files if not HELD_OUT.search(path.relative_to(folder).as_posix())] or files
+        splits = own_splits(files)
+        all_files = quote(",".join(map(str, sorted(files, key=lambda path: splits.get(path) != "train"))))
+        fix = f"one of them: {flag} {quote(str(training[0]))}"
+        if splits and all(splits.values()):
+            fix = f"all of them: {flag} {all_files}"
+        raise DataError(f"{folder} contains several files ({names}); give {fix}")
     return files
 
 

@@ -32,6 +32,21 @@ def splits_of_files(paths: Iterable[Path]) -> dict[Path, str]:
     return splits if len(patterns) == 1 < len(splits) and "train" in splits.values() else {}
 
 
+def own_splits(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return {file: the split in its name or folder, or ""}, such as train for train_1.csv.
+
+    The rest of the names may differ. Return {} if no file is for training, or if no file is for validation or a test.
+    """
+    files = list(paths)
+    several = len({path.absolute().parent for path in files}) > 1  # one folder for all says nothing about a file
+    found = {
+        path: SPLIT_NAME.search(path.name) or (several and SPLIT_NAME.search(path.absolute().parent.name)) for path in files
+    }
+    splits = {path: SPLITS[match[1].lower()] if match else "" for path, match in found.items()}
+    named = set(splits.values()) - {""}
+    return splits if "train" in named and len(named) > 1 else {}
+
+
 def with_folder_splits(entries: Iterable[Located]) -> Iterator[Located]:
     """Yield the entries. An entry without a split, whose image path starts with train/, val/ or test/, gets this split."""
     for at, entry in entries:
