@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def alone(backbone: Backbone, photos: list[Path], **options: Any) -> list[str]:
     return texts
 
 
+def ranked_alone(captioner: Captioner, photos: list[Path], names: Sequence[str | None], texts: list[str]) -> list[float]:
+    """Return the probability of the first text for each photo, from the adapter of its name alone."""
+    backbone, probabilities = captioner.backbone, []
+    for photo, name in zip(photos, names, strict=True):
+        with lora_blip.use_adapters(backbone, name) if name else lora_blip.disable_adapters(backbone):
+            probabilities.append(dict(captioner.rank(photo, texts).ranking)[texts[0]])
+    return probabilities
+
+
 @pytest.mark.parametrize(("batch_size", "beams"), [(16, 1), (3, 1), (16, 3)])
 def test_each_image_uses_the_adapter_that_is_named_for_it(backbone, photos, capsys, batch_size, beams):
     """Batches, beam search and the check of the fast path have other numbers of rows than the list of names.
@@ -71,10 +81,7 @@ def test_a_broken_image_keeps_its_place_among_the_adapters(backbone, photos):
 
 def test_rankings_use_the_adapters_of_their_images(backbone, photos):
     captioner, texts = Captioner.from_adapter(None, base=backbone), ["a red picture", "a blue picture"]
-    expected = []
-    for photo, name in zip(photos, NAMES, strict=True):
-        with lora_blip.use_adapters(backbone, name) if name else lora_blip.disable_adapters(backbone):
-            expected.append(dict(captioner.rank(photo, texts).ranking)[texts[0]])
+    expected = ranked_alone(captioner, photos, NAMES, texts)
     with lora_blip.use_adapters(backbone, NAMES):
         found = [dict(each.ranking)[texts[0]] for each in captioner.rank(photos, texts)]
     assert found == pytest.approx(expected, abs=1e-4) and len({round(p, 3) for p in expected}) > 2
@@ -89,10 +96,7 @@ def test_texts_are_encoded_by_the_adapter_of_each_image(make, photos, kind):
         for lora in lora_blip.inject(backbone, "qformer" if kind == "itm2" else "vit,text", name=name).values():
             torch.nn.init.normal_(lora.B, std=0.3)
     captioner = Captioner.from_adapter(None, base=backbone, batch_size=2)
-    expected = []
-    for photo, name in zip(photos, names, strict=True):
-        with lora_blip.use_adapters(backbone, name) if name else lora_blip.disable_adapters(backbone):
-            expected.append(dict(captioner.rank(photo, texts).ranking)[texts[0]])
+    expected = ranked_alone(captioner, photos, names, texts)
     with lora_blip.use_adapters(backbone, names):
         found = [dict(each.ranking)[texts[0]] for each in captioner.rank(photos, texts)]
     assert found == pytest.approx(expected, abs=1e-4) and len({round(p, 2) for p in expected}) > 2
