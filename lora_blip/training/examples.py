@@ -10,6 +10,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.grouping import Groups
 from lora_blip.data.split_leaks import Thumbnails
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Task
@@ -61,11 +62,11 @@ def split_by_column(
     random from train. count: number of all lines.
     """
     training, validation = lines_by_split["train"], lines_by_split.get("val", [])
-    others = count - len(training) - len(validation)
-    print(
-        f"{printable(config.annotations)}: its splits are used: {len(training):,} train, "
-        f"{len(validation):,} val, {others:,} left out (test, or no split)"
-    )
+    tests = len(lines_by_split.get("test", []))
+    others = count - len(training) - len(validation) - tests
+    numbers = f"{len(training):,} train, {len(validation):,} val, {tests:,} test (left out)"
+    unknown = f", {counted(others, 'line')} left out: the split is none of train, val and test" * bool(others)
+    print(f"{printable(config.annotations)}: its splits are used: {numbers}{unknown}")
     if validation:
         groups.note_unused("the data have splits of their own")
         return training, validation

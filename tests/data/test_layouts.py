@@ -312,6 +312,18 @@ def test_a_listed_file_without_a_split_beside_files_with_splits_is_an_error(tmp_
         annotations.read(folder)
 
 
+def test_lines_of_an_unknown_split_are_counted_apart(tmp_path, capsys, make):
+    """Before, they were counted with those of the test."""
+    splits = ["Training"] * 5 + ["Validierung"] * 2 + ["Test"]
+    photos(tmp_path, *(f"{n}.png" for n in range(8)))
+    (tmp_path / "x.csv").write_text(
+        "image,text,split\n" + "".join(f"{n}.png,a {n},{split}\n" for n, split in enumerate(splits))
+    )
+    read_examples(TrainConfig(annotations=str(tmp_path / "x.csv"), val_fraction=0.2), CaptionTask(make("blip")))
+    numbers = "5 train, 0 val, 1 test (left out), 2 lines left out: the split is none of train, val and test\n"
+    assert f"its splits are used: {numbers}" in capsys.readouterr().out
+
+
 def test_the_next_command_of_prepare_trains_on_questions(tmp_path, capsys, monkeypatch):
     """Before, it had no task, and the training asked for one."""
     monkeypatch.setattr("sys.argv", ["lora-blip"])
