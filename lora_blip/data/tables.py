@@ -73,17 +73,18 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
         yield number, reason
         return
     columns = _columns(path, number, header, below, keys)
-    count, is_numbered = len(header), bool(numbered_names(columns, "question" in columns))
+    count, asks = len(header), "question" in columns
+    numbered = numbered_names(columns, asks)
     for at, row in chain(first, rows):
         if isinstance(row, str):
             yield at, row
         elif len(row) != count:
             different = f"{counted(len(row), 'column')} but the header has {count}"
             yield at, f"{different}: put a text that contains the delimiter in quotes; got {quoted(' '.join(row)[:60])}"
-        elif at != number and is_numbered:
-            yield from several(at, _entry_of_row(columns, row))
         elif at != number:
-            yield at, _entry_of_row(columns, row)
+            entry = _entry_of_row(columns, row)
+            entry |= {name: BOOLEANS.get(entry[name], entry[name]) for name in numbered if asks}
+            yield from several(at, entry) if numbered else [(at, entry)]
 
 
 def titles_above(rows: list[list[str]], keys: Keys) -> int:
@@ -123,10 +124,9 @@ def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
         titles = titles_above(rows, keys)
         rows = rows[titles:]
         header = rows[0] if rows else []
-        known = has_known_columns(header, keys)
-        counts = [len(row) for row in rows]
-        share = counts.count(counts[0]) / len(counts) if counts and counts[0] > 1 else 0.0
-        return known and len(header) > 1, share > 0 and not titles, share, delimiter == usual, counts[0] if counts else 0
+        known, width = has_known_columns(header, keys), len(header)
+        share = [len(row) for row in rows].count(width) / len(rows) if width > 1 else 0.0
+        return known and width > 1, share > 0 and not titles, share, delimiter == usual, width
 
     try:
         return max(DELIMITERS, key=score) if sample else usual

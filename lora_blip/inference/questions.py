@@ -157,9 +157,10 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
     task.pretokenize(examples)
     for example in examples:
         if not example.question:
-            raise ConfigError(
+            raise OtherTaskError(
                 f'{printable(example.source)}:{example.line}: no question; add "question": "what color is it?" to this line, '
-                "or remove the line"
+                "or remove the line",
+                wanted="caption",
             )
         if reason := cast(Any, task).check_question(example):
             raise ConfigError(f"question {example.question!r}: {reason}")

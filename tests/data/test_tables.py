@@ -340,6 +340,10 @@ def test_booleans_of_a_spreadsheet_are_yes_and_no(folder):
     (folder / "x.csv").write_text("image,question,answer\n1.png,is it red?,TRUE\n2.png,is it red?,FALSE\n1.png,is it?,true\n")
     for name, more in (("x.xlsx", []), ("x.csv", [("true",)])):
         assert [e.answers for e in annotations.read(folder / name)[0]] == [("yes",), ("no",), *more]
+    (folder / "y.csv").write_text("image,question,Answer 1,answer_2\n1.png,is it red?,TRUE,FALSE\n2.png,is it?,true, TRUE\n")
+    assert [e.answers for e in annotations.read(folder / "y.csv")[0]] == [("yes", "no"), ("true", "yes")]
+    (folder / "z.csv").write_text("image,caption_1,caption_2\n1.png,TRUE,a\n")  # a caption is a text
+    assert [e.text for e in annotations.read(folder / "z.csv")[0]] == ["TRUE", "a"]
 
 
 def test_a_merged_cell_has_its_text_in_each_of_its_rows(folder):
