@@ -53,9 +53,8 @@ class ModelConfig:
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
     scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
-    of_infer: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(InferConfig)) - {"explain"}  # for the error of a flag
-
     json: bool = setting(False, "print the results as JSONL: lines with image, text and score, or with image and error")
+    of_infer: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(InferConfig)) - {"explain"}  # for the error of a flag
 
     def __post_init__(self) -> None:
         if self.adapter in ("", "none") and not self.model:

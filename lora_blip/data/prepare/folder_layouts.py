@@ -14,13 +14,12 @@ from lora_blip.data.formats import CP1252, LONGEST, TOO_LONG, from_cp1252, open_
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
 from lora_blip.data.prepare.sidecars import TRIED, entry_of_sidecar, image_of, sidecar_of
-from lora_blip.data.prepare.split_names import own_splits, splits_of_files
+from lora_blip.data.prepare.split_names import as_one_value, likely_for_training, splits_of_files
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
 from lora_blip.runtime.untrusted import os_error_reason, parsed, printable, quoted
 
-HELD_OUT = re.compile(r"val|test|dev|eval", re.IGNORECASE)  # in the name of a file that may not be for training
 CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2dataset
 DEEPEST_FOLDER = 20  # largest number of levels of subfolders that are searched
 TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.xlsx", "*/*.csv", "*/*.json")  # files that may contain captions
@@ -124,6 +123,11 @@ def text_files(folder: Path) -> list[Path]:
     return [path for path in files if path.name not in NOT_ANNOTATIONS and not path.name.startswith(".")]
 
 
+def files_in_split_folders(folder: Path) -> list[Path]:
+    """Return the files that may contain texts in the subfolders train/, val/ and test/."""
+    return [path for below in sorted(folder.iterdir()) if below.name.lower() in SPLITS for path in text_files(below)]
+
+
 def lone_files(folder: Path) -> list[Path]:
     """Return the files of a folder that may contain texts, whatever their names. VQAv2's two files count as one.
 
@@ -131,7 +135,7 @@ def lone_files(folder: Path) -> list[Path]:
     """
     files = text_files(folder)
     if not files:  # a file in each of train/, val/ and test/
-        files = [path for below in sorted(folder.iterdir()) if below.name.lower() in SPLITS for path in text_files(below)]
+        files = files_in_split_folders(folder)
         return files if splits_of_files(files) else []
     is_pair = [path.name.lower() for path in files] == ["annotations.json", "questions.json"]
     return files[:1] if is_pair else [path for path in files if not path.name.endswith("_stats.json")]  # of img2dataset
@@ -253,11 +257,9 @@ def _table_advice(folder: Path, flag: str) -> str:
     tables = [path for path in inside or beside if path.is_file()]
     if not tables:
         return ""
-    splits = splits_of_files(tables) or own_splits(tables)
-    if splits and all(splits.values()):
-        files = ",".join(map(str, sorted(tables, key=lambda path: (splits[path] != "train", path))))
+    if files := as_one_value(tables):
         return f"; if these files contain the captions: {flag} {quote(files)}"
-    table = min(tables, key=lambda path: (bool(HELD_OUT.search(path.name + path.parent.name)), path))
+    table = likely_for_training(tables)
     return f"; if {printable(str(table))} contains the captions: {flag} {quote(str(table))}"
 
 

@@ -16,20 +16,26 @@ from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.detection import DOCUMENTS, LINES, TABLES, load
 from lora_blip.data.prepare.folder_layouts import (
-    HELD_OUT,
     META_CAP,
     captioned_entries,
     class_entries,
+    files_in_split_folders,
     known_files,
     layout_of,
     lone_files,
     refuse_without_template,
-    text_files,
 )
 from lora_blip.data.prepare.inline_images import LONGEST, unpacked
 from lora_blip.data.prepare.packed import PACKED, packed_files, refuse_packed, split_of
 from lora_blip.data.prepare.published import YEAR
-from lora_blip.data.prepare.split_names import own_splits, splits_of_files, with_folder_splits, without_split
+from lora_blip.data.prepare.split_names import (
+    as_one_value,
+    likely_for_training,
+    splits_of_files,
+    splits_of_list,
+    with_folder_splits,
+    without_split,
+)
 from lora_blip.data.several_texts import several
 from lora_blip.data.summary import source_line
 from lora_blip.data.tables import table_delimiter
@@ -152,7 +158,7 @@ def _splits_of(paths: list[Path]) -> dict[Path, str]:
 
     Raise DataError if only a part of the names has one: the other lines could be for training, or for a test.
     """
-    splits = splits_of_files(paths) or own_splits(paths)
+    splits = splits_of_list(paths)
     if without := [path for path in splits if not splits[path]]:
         others = ", ".join(path.name for path in splits if splits[path])
         raise DataError(
@@ -258,20 +264,15 @@ def _lone_files(folder: Path, flag: str) -> list[Path]:
 
     Raise DataError if the folder contains none, or files of several data sets.
     """
-    files = lone_files(folder)
-    if not files:
-        files = [path for below in sorted(folder.iterdir()) if below.name.lower() in SPLITS for path in text_files(below)]
+    files = lone_files(folder) or files_in_split_folders(folder)
     if not files:
         raise DataError(f"{folder} contains no annotations; give the file that has them: {flag} {folder}/captions.csv")
     if not _is_one_data_set(files):
         names = ", ".join(path.relative_to(folder).as_posix() for path in files[:SHOWN]) + ", …" * (len(files) > SHOWN)
-        training = [path for path in files if not HELD_OUT.search(path.relative_to(folder).as_posix())] or files
-        splits = own_splits(files)
-        all_files = quote(",".join(map(str, sorted(files, key=lambda path: splits.get(path) != "train"))))
-        fix = f"one of them: {flag} {quote(str(training[0]))}"
-        if splits and all(splits.values()):
-            fix = f"all of them: {flag} {all_files}"
-        raise DataError(f"{folder} contains several files ({names}); give {fix}")
+        value, how_many = as_one_value(files), "all"
+        if not value:
+            value, how_many = str(likely_for_training(files)), "one"
+        raise DataError(f"{folder} contains several files ({names}); give {how_many} of them: {flag} {quote(value)}")
     return files
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Located, first_key
 
+HELD_OUT = re.compile(r"val|test|dev|eval", re.IGNORECASE)  # in the name of a file that may not be for training
 SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
@@ -32,12 +33,29 @@ def splits_of_files(paths: Iterable[Path]) -> dict[Path, str]:
     return splits if len(patterns) == 1 < len(splits) and "train" in splits.values() else {}
 
 
-def own_splits(paths: Iterable[Path]) -> dict[Path, str]:
+def splits_of_list(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return {file: the split of its name, or "" if it has none}. Return {} if the names have no splits."""
+    files = list(paths)
+    return splits_of_files(files) or _own_splits(files)
+
+
+def as_one_value(paths: Iterable[Path]) -> str:
+    """Return files as one value of a setting, those for training first, or "" if a name has no split."""
+    splits = splits_of_list(paths)
+    files = sorted(splits, key=lambda path: (splits[path] != "train", path))
+    return ",".join(map(str, files)) if all(splits.values()) else ""
+
+
+def likely_for_training(files: Iterable[Path]) -> Path:
+    """Return the first file whose name and folder contain no word for validation or a test, or else the first file."""
+    return min(files, key=lambda path: (bool(HELD_OUT.search(path.name + path.parent.name)), path))
+
+
+def _own_splits(files: list[Path]) -> dict[Path, str]:
     """Return {file: the split in its name or folder, or ""}, such as train for train_1.csv.
 
     The rest of the names may differ. Return {} if no file is for training, or if no file is for validation or a test.
     """
-    files = list(paths)
     several = len({path.absolute().parent for path in files}) > 1  # one folder for all says nothing about a file
     found = {
         path: SPLIT_NAME.search(path.name) or (several and SPLIT_NAME.search(path.absolute().parent.name)) for path in files
