@@ -115,7 +115,7 @@ class ExampleBuilder:
         )  # fmt: skip
 
     def _count_ignored(self, entry: Entry, number: Location) -> None:
-        """Count the ignored keys of an entry, and store its split."""
+        """Count the ignored keys of an entry, and its split if the name is unknown. Store a known split."""
         is_question = "question" in entry
         split = entry.get("split")
         known_split = SPLITS.get(split.strip().lower()) if self.use_splits and isinstance(split, str) else None
@@ -123,11 +123,13 @@ class ExampleBuilder:
             self.splits[number] = known_split
         used = {first_key(entry, IMAGE_KEYS), first_key(entry, ANSWER_KEYS if is_question else TEXT_KEYS), "group", "prompt"}
         used |= {"split"} if known_split else set()
+        used |= self.group_entries.get(number, {}).keys()
         used |= {"question", "question_id"} if is_question else set()
         for key in (key for key in entry if key not in used):
-            if key in self.ignored or len(self.ignored) < MOST_KEYS:
-                count, first, typo = self.ignored.get(key) or (0, number, typo_of_answer(key, entry))
-                self.ignored[key] = count + 1, first, typo
+            name = f"split = {split}" if key == "split" and self.use_splits and split else key
+            if name in self.ignored or len(self.ignored) < MOST_KEYS:
+                count, first, typo = self.ignored.get(name) or (0, number, typo_of_answer(key, entry))
+                self.ignored[name] = count + 1, first, typo
 
     def _quick(self, entry: Entry, number: Location) -> Example | None:
         """Return the Example that `canonical` leads to, in half the time. Return None unless all values are tidy strings."""

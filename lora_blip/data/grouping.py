@@ -57,12 +57,12 @@ class Groups:
             self.links.append((image, ("group", group)))
 
     def value_in(self, entry: dict[str, Any]) -> str:
-        """Return the value of the column in a line without the spaces around it, or "".
+        """Return the value of the column in a line without the spaces around it, or ""."""
+        return (as_text(entry.get(self.column_in(entry))) or "").strip()
 
-        The names of a table's columns are in lower case with underscores, so this spelling is tried too.
-        """
-        in_table = re.sub(r"[\s-]+", "_", self.column.lower())
-        return (as_text(entry.get(self.column, entry.get(in_table))) or "").strip()
+    def column_in(self, entry: dict[str, Any]) -> str:
+        """Return the column as a line spells it: the names of a table's columns are in lower case with underscores."""
+        return self.column if self.column in entry else re.sub(r"[\s-]+", "_", self.column.lower())
 
     def _search(self, pattern: LimitedRegex, name: str) -> Sequence[str | None] | None:
         try:
@@ -106,7 +106,7 @@ def observed(
     for at, entry in entries():
         if groups.column and isinstance(entry, dict):
             groups.columns = groups.columns or dict.fromkeys(entry)
-            columns[at] = {groups.column: groups.value_in(entry)}
+            columns[at] = {groups.column_in(entry): groups.value_in(entry)}
         yield at, entry
 
 

@@ -9,6 +9,7 @@ from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.paths import in_walking_order, resolved
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
+from lora_blip.runtime.untrusted import printable
 
 ONE_GROUP = "choose another column or regex (--group-by), or set VAL_ANNOTATIONS to a file of other images"
 
@@ -45,3 +46,24 @@ def split_by_image(
             raise DataError(f"group_by = {groups.group_by if groups else ''!r} gives one group of all images; {ONE_GROUP}")
         is_held_out = [files[file] in held_out for file in map(FILE, examples)]
         return list(compress(examples, (not out for out in is_held_out))), list(compress(examples, is_held_out))
+
+
+def held_out_split(lines_by_split: dict[str, list[Example]], names: tuple[str, ...] = ("test", "val")) -> str:
+    """Return the first of these splits that the data have, or "" if all their lines are in one split."""
+    return next((name for name in names if name in lines_by_split and len(lines_by_split) > 1), "")
+
+
+def held_out_lines(
+    source: str, examples: list[Example], lines_by_split: dict[str, list[Example]], *names: str
+) -> list[Example]:
+    """Return the lines of the first of these splits that the data have, and print their number. Otherwise return all lines.
+
+    source: the name of the data. examples: all lines. lines_by_split: those with a split.
+    """
+    if not (name := held_out_split(lines_by_split, names)):
+        return examples
+    lines = lines_by_split[name]
+    left_out = f"{counted(len(examples) - len(lines), 'line')} left out"
+    advice = "to use other lines, write them to a file of their own"
+    print(printable(f"{source}: its split {name} is used: {counted(len(lines), 'line')}, {left_out}; {advice}"))
+    return lines

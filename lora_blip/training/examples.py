@@ -24,6 +24,7 @@ class Lines(NamedTuple):
     training: list[Example]
     validation: list[Example]
     drawn: bool  # the validation images were drawn at random, by VAL_FRACTION
+    scored: str  # the split of the annotations that `evaluate` scores: "test" or "val", or "" if they have no splits
 
 
 def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> Lines:
@@ -39,7 +40,9 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     if config.val_annotations:
         groups.note_unused(f"the validation lines are those of {config.val_annotations}")
         training = train_lines(config, lines_by_split, len(examples)) or examples
-        validation = read_file(config, task, config.val_annotations, thumbnails)
+        validation_splits: dict[str, list[Example]] = {}
+        validation = read_file(config, task, config.val_annotations, thumbnails, validation_splits)
+        validation = splits.held_out_lines(config.val_annotations, validation, validation_splits, "val", "test")
         task.prepare_data([*training, *validation])
     elif lines_by_split.get("train"):
         training, validation = split_by_column(config, lines_by_split, len(examples), groups)
@@ -50,7 +53,8 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     # spread the lines of an image over the batches, because lines of one image cannot be negatives of each other
     random.Random(config.seed).shuffle(validation)
     own_validation = lines_by_split.get("train") and lines_by_split.get("val")
-    return Lines(training, validation, drawn=not (config.val_annotations or own_validation))
+    drawn = not (config.val_annotations or own_validation)
+    return Lines(training, validation, drawn, splits.held_out_split(lines_by_split))
 
 
 def split_by_column(

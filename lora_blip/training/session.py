@@ -81,7 +81,7 @@ def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Ses
     print(*map(printable, notes), run.summary_line(training, validation, prepared.precision), sep="\n")
     return Session(
         config, task, learner, run, autocast, prepared.batches, prepared.held_out, prepared.first, prepared.prefix,
-        stop_request, warmup=min(config.warmup_steps, total // 5),
+        stop_request, prepared.scored, warmup=min(config.warmup_steps, total // 5),
         validate_every=config.validate_every or max(10, total // 10), initial_scores=scores,
     )  # fmt: skip
 
@@ -115,6 +115,7 @@ class Session:
     first: DeviceBatch  # the first micro-batch of the run
     prefix: Prefix | None  # computes the cached states of images; None if no states are cached
     stop_request: StopRequest
+    scored: str  # the split of the annotations that `evaluate` scores, or ""
     warmup: int  # number of updates with linear warm-up
     validate_every: int  # number of updates between two validations
     initial_scores: dict[str, float]  # scores of the validation before the first step; {} if there was none
@@ -249,7 +250,7 @@ class Session:
         print(f"next{' (for other images, change --images)' * ('--images' in command)}: {command}")
         sources = self.config.annotations, self.config.val_annotations
         reading = summary.reading_flags(self.config)
-        print(summary.evaluate_line(self.task.name, run.folder, *sources, dataset.examples, reading))
+        print(summary.evaluate_line(self.task.name, run.folder, *sources, dataset.examples, reading, self.scored))
         run.delete_checkpoints()  # last: a run that is killed before this line can be resumed
 
 

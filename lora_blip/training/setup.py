@@ -64,6 +64,7 @@ class RunInputs:
     training: list[Example]
     validation: list[Example]
     drawn: bool  # the validation images were drawn at random, by VAL_FRACTION
+    scored: str  # the split of the annotations that `evaluate` scores: "test" or "val", or "" if they have no splits
     identity: dict[str, Any]
 
 
@@ -127,7 +128,7 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
     thumbnails = Thumbnails() if ranks.main and (config.val_fraction or config.val_annotations) else None
-    training, validation, drawn = lines = read_examples(config, task, thumbnails)
+    training, validation, drawn, scored = lines = read_examples(config, task, thumbnails)
     if config.best_by == "cider" and len({example.file for example in validation}) == 1:
         raise ConfigError(
             'best_by = "cider": CIDEr is always 0 if there is only one validation image; hold out more images (VAL_FRACTION or '
@@ -143,7 +144,7 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
         config = replace(config, init_adapter=str(initial.path))
     identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
     identity["init_adapter"] = source_of(initial) if initial else ""
-    return RunInputs(config, task, precision, training, validation, drawn, identity)
+    return RunInputs(config, task, precision, training, validation, drawn, scored, identity)
 
 
 def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches, Prefix | None]:
@@ -241,10 +242,13 @@ def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> 
     else:
         group = grouping_of([FILE(example) for example in (*lines.training, *lines.validation)])
         name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'
-        fix = (
-            f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}. "
-            f"Otherwise choose images that resemble no other image, and {how_to_hold_out(config.annotations, lines.training)}"
-        )
+        keep = f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}"
+        if config.group_by:
+            keep = (
+                f"They are in different groups of GROUP_BY = {config.group_by!r}: a group with all images of a scene is larger"
+            )
+        hold_out = how_to_hold_out(config.annotations, lines.training)
+        fix = f"{keep}. Otherwise choose images that resemble no other image, and {hold_out}"
     report_split_leaks(map(FILE, lines.validation), map(FILE, lines.training), thumbnails, fix)
 
 

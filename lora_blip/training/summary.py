@@ -75,16 +75,22 @@ def base_score(metrics: Path, by: str) -> float | None:
 
 
 def evaluate_line(
-    task: str, folder: Path, annotations: str, val_annotations: str, examples: list[Example], reading: Sequence[str] = ()
-) -> str:
+    task: str, folder: Path, annotations: str, val_annotations: str, examples: list[Example], reading: Sequence[str] = (),
+    scored: str = "",
+) -> str:  # fmt: skip
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
-    The references are the first of these files that exists: test.jsonl beside the annotations, if it fits the task and does
+    The references are the annotations if `evaluate` scores one of their splits, which is called `scored`. Otherwise they are
+    the first of these files that exists: test.jsonl beside the annotations, if it fits the task and does
     not contain the training images; the validation file; val.jsonl; a table with the suffix of the annotations, such as
     test.csv; for the demo's training images, the file of the task in image_test. If none exists, the line asks the user to
     write test.jsonl, or a table like the annotations. examples: the training lines. reading: the result of `reading_flags`, for
     val_annotations and for the file to write.
     """
+    if scored == "test" or (scored and not val_annotations):
+        parts = [*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", annotations, *reading]
+        images = "the validation images" if scored == "val" else "the test images"
+        return printable(f"to score it on {images} of {annotations}: {command_line(parts)}")
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
     candidates = [source.parent / f"{name}{suffix}" for suffix in suffixes for name in ("test", "val")]

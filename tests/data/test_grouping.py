@@ -146,9 +146,11 @@ def test_a_training_groups_by_a_column_of_a_table_in_any_spelling(tmp_path, by, 
         Image.new("RGB", (9, 9), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
     (tmp_path / "x.csv").write_text("image;text;Szene 1\n" + "".join(f"{n}.png;a {n};{n // 3}\n" for n in range(12)))
     config = TrainConfig(annotations=str(tmp_path / "x.csv"), group_by=by, val_fraction=0.25)
-    training, validation, _ = read_examples(config, CaptionTask(make("blip")))
+    training, validation, _, _ = read_examples(config, CaptionTask(make("blip")))
     scenes = [{int(e.image.stem) // 3 for e in lines} for lines in (training, validation)]
-    assert scenes[0] and scenes[1] and not scenes[0] & scenes[1] and "group" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert scenes[0] and scenes[1] and not scenes[0] & scenes[1] and "group" in printed
+    assert "ignored" not in printed  # the column is used
 
 
 def test_an_impossible_group_by_names_the_columns_and_the_fix(tmp_path):

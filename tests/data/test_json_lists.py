@@ -114,7 +114,7 @@ def test_the_split_of_a_line_decides_between_training_and_validation(folder, suf
         "val": ["2.png"],
         "test": ["3.png"],
     }
-    assert len(examples) == 4 and "ignored: 'split' (1 line," in capsys.readouterr().out
+    assert len(examples) == 4 and "ignored: 'split = other' (1 line," in capsys.readouterr().out
     training, validation = split_by_column(TrainConfig(annotations=str(path)), sides, len(examples))
     assert ([e.name for e in training], [e.name for e in validation]) == (["1.png"], ["2.png"])
     assert "1 train, 1 val, 1 test (left out), 1 line left out" in capsys.readouterr().out

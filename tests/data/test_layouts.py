@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from unittest.mock import Mock
@@ -289,7 +290,7 @@ def test_listed_files_have_the_splits_of_their_names(tmp_path, make, files):
         annotations.read(folder)
     source = shlex.split(str(error.value).partition("--annotations ")[2])[0]
     config = TrainConfig(annotations=source, image_root=photos)
-    training, validation, drawn = read_examples(config, CaptionTask(make("blip")))
+    training, validation, drawn, _ = read_examples(config, CaptionTask(make("blip")))
     assert (len(training), len(validation), drawn) == (5, 2, False)
     written = prepare(PrepareConfig(source=source, images=photos, output_dir=str(tmp_path / "out")))
     assert {split: len(path.read_text().splitlines()) for split, path in written.items()} == {"train": 5, "val": 2, "test": 1}
@@ -321,7 +322,9 @@ def test_lines_of_an_unknown_split_are_counted_apart(tmp_path, capsys, make):
     )
     read_examples(TrainConfig(annotations=str(tmp_path / "x.csv"), val_fraction=0.2), CaptionTask(make("blip")))
     numbers = "5 train, 0 val, 1 test (left out), 2 lines left out: the split is none of train, val and test\n"
-    assert f"its splits are used: {numbers}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"its splits are used: {numbers}" in printed
+    assert "these keys are ignored: 'split = Validierung' (2 lines, first line 7)\n" in printed
 
 
 def test_the_next_command_of_prepare_trains_on_questions(tmp_path, capsys, monkeypatch):
@@ -356,10 +359,14 @@ def test_references_that_are_questions_name_the_task_of_a_retrieval_adapter(tmp_
 def test_lines_of_other_splits_are_not_trained_on_if_there_is_a_validation_file(tmp_path, capsys, make):
     folder = split_folder(tmp_path / "set")
     config = TrainConfig(annotations=str(folder), val_annotations=str(folder / "val"))
-    training, validation, drawn = read_examples(config, CaptionTask(make("blip")))
+    training, validation, drawn, _ = read_examples(config, CaptionTask(make("blip")))
     assert not drawn
     assert [sorted(e.text for e in lines) for lines in (training, validation)] == [["picture 0", "picture 1"], ["picture 2"]]
     assert "its splits are used: 2 train, 2 left out; the validation lines are those of" in capsys.readouterr().out
+    both = replace(config, val_annotations=config.annotations)
+    _, validation, _, _ = read_examples(both, CaptionTask(make("blip")))
+    assert [example.text for example in validation] == ["picture 2"]
+    assert f"{folder}: its split val is used: 1 line, 3 lines left out; " in capsys.readouterr().out
 
 
 def test_images_of_the_test_split_are_no_leaks(tmp_path):

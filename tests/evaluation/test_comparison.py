@@ -119,6 +119,36 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     assert f"report: {Path('out/report.html').resolve().as_uri()}\n" in printed
 
 
+@pytest.mark.parametrize("layout", ["column", "files", "folders"])
+def test_of_references_with_several_splits_only_the_test_is_scored(checkpoints, here, layout, capsys):
+    """Otherwise most of the scored images are those of the training. Before, all lines were scored."""
+    for split, count in (("train", 5), ("val", 2), ("test", 3)):
+        images = [scene(here / "data" / split / f"{split}{n}.png", n) for n in range(count)]
+        for image in images if layout == "folders" else ():
+            image.with_suffix(".txt").write_text("a cube")
+        lines = [f"data/{split}/{image.name},a cube,{split if layout == 'column' else ''}\n" for image in images]
+        if layout != "folders":
+            (here / f"{split}.csv").write_text(f"image,text,split\n{''.join(lines)}")
+    whole = here / "all.csv"
+    rows = "".join(
+        (here / f"{split}.csv").read_text().partition("\n")[2] for split in "train val test".split() if layout == "column"
+    )
+    whole.write_text(f"image,text,split\n{rows}")
+    source = {"column": str(whole), "files": "train.csv,val.csv,test.csv", "folders": "data"}[layout]
+    config = EvaluateConfig(references=source, adapter="none", model=str(checkpoints["blip"]), device="cpu")
+    task, _ = comparison.open_task(config, None)
+    scored = comparison.read_references(config, task)
+    assert sorted(example.image.stem for example in scored) == ["test0", "test1", "test2"]
+    message = f"{source}: its split test is used: 3 lines, 7 lines left out; to use other lines, "
+    assert message in capsys.readouterr().out
+    if layout == "column":
+        whole.write_text(whole.read_text().replace(",test\n", ",val\n"))
+        assert len(comparison.read_references(config, task)) == 5  # val, because no line is in test
+        whole.write_text(whole.read_text().replace(",val\n", ",train\n"))
+        assert len(comparison.read_references(config, task)) == 10  # a single split: the user has chosen these lines
+        assert "its split val is used" in (printed := capsys.readouterr().out) and printed.count("is used") == 1
+
+
 def test_a_score_that_is_no_number_is_null():
     """JSON has no NaN, so ends of intervals and values are null."""
     nan = float("nan")

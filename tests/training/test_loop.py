@@ -481,6 +481,11 @@ def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, mo
     line = summary.evaluate_line("caption", run, str(tmp_path / "train.jsonl"), "", examples, keys)
     assert "texts to test.jsonl with the keys of train.jsonl first): " in line and line.endswith("--text-key Wort")
     assert "texts to test.jsonl first): " in summary.evaluate_line("caption", run, str(tmp_path / "train.jsonl"), "", examples)
+    own = f"images of {tmp_path / 'train.csv'}: lora-blip evaluate --adapter run --references {tmp_path / 'train.csv'}"
+    assert of("", examples, keys, "test") == f"to score it on the test {own} --image-key Datei --text-key Wort"
+    assert of("val.csv", examples, (), "test") == f"to score it on the test {own}"
+    assert of("", examples, (), "val") == f"to score it on the validation {own}"
+    assert of("val.csv", examples, (), "val").endswith("--references val.csv")  # the validation lines were those of val.csv
     for text, names_it in (
         ("image,text\nphotos/7.png,a\nphotos/1.png,b\n", False),
         ("image,text\nphotos/7.png,a\nphotos/11.png,b\n", True),

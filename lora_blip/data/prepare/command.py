@@ -185,7 +185,7 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
     image = folder.find(entry["image"])
     if isinstance(image, str):
         return Dropped(source, at, "missing" if source.may_lack_images and "does not exist" in image else "fault", image)
-    name, split = entry["image"], entry.pop("split", source.split or None)
+    name, split = entry["image"], entry.pop("split", None)
     data.names[image.identity] = min(name, data.names.get(image.identity, name))
     data.groups.add(image.identity, name, image.path, entry_or_reason if isinstance(entry_or_reason, dict) else None)
     entry["image"] = str(image.path).removeprefix(data.base).replace(os.sep, "/")
@@ -193,7 +193,7 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
         line = encode(entry).encode()
     except UnicodeEncodeError:
         return Dropped(source, at, "fault", NOT_UTF8)
-    return Row(source, at, image, split if split or source.downloaded else None, line)
+    return Row(source, at, image, split or source.split or (split if source.downloaded else None), line)
 
 
 def published_splits(data: PreparedData) -> dict[object, str]:

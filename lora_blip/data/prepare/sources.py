@@ -34,6 +34,7 @@ from lora_blip.data.prepare.split_names import (
     splits_of_files,
     splits_of_list,
     with_folder_splits,
+    with_split,
     without_split,
 )
 from lora_blip.data.several_texts import several
@@ -94,8 +95,7 @@ class Source:
             return with_folder_splits(self.entries())
         if not self.split:
             return self.entries()
-        default = {"split": self.split}
-        return ((at, default | entry if isinstance(entry, dict) else entry) for at, entry in self.entries())
+        return ((at, with_split(entry, self.split) if isinstance(entry, dict) else entry) for at, entry in self.entries())
 
     @property
     def downloaded(self) -> bool:

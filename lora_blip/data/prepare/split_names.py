@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Located, first_key
+from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Entry, Located, first_key
 
 HELD_OUT = re.compile(r"val|test|dev|eval", re.IGNORECASE)  # in the name of a file that may not be for training
 SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
@@ -71,4 +71,9 @@ def with_folder_splits(entries: Iterable[Located]) -> Iterator[Located]:
         image = entry.get(first_key(entry, IMAGE_KEYS) or "") if isinstance(entry, dict) else None
         folder = image.replace("\\", "/").removeprefix("./").partition("/") if isinstance(image, str) else ("", "", "")
         split = SPLITS.get(folder[0].lower()) if folder[1] else None
-        yield at, {"split": split} | entry if split and isinstance(entry, dict) else entry
+        yield at, with_split(entry, split) if split and isinstance(entry, dict) else entry
+
+
+def with_split(entry: Entry, split: str) -> Entry:
+    """Return the entry with this split, if it has no split or an empty one."""
+    return entry if entry.get("split") else entry | {"split": split}
