@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.entries import SPLITS
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
@@ -81,11 +80,12 @@ def evaluate_line(
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
     The references are the annotations if `evaluate` scores one of their splits, which is called `scored`. Otherwise they are
-    the first of these files that exists: test.jsonl beside the annotations, if it fits the task and does
-    not contain the training images; the validation file; val.jsonl; a table with the suffix of the annotations, such as
-    test.csv; for the demo's training images, the file of the task in image_test. If none exists, the line asks the user to
-    write test.jsonl, or a table like the annotations. examples: the training lines. reading: the result of `reading_flags`, for
-    val_annotations and for the file to write.
+    the first of these files that exists: test.jsonl beside the annotations, if it fits the task and does not contain the
+    training images; the validation file; val.jsonl; a table with the suffix of the annotations, such as test.csv; for the
+    demo's training images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl, or
+    a table like the annotations.
+
+    examples: the training lines. reading: the result of `reading_flags`, for val_annotations and for the file to write.
     """
     if scored == "test" or (scored and not val_annotations):
         parts = [*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", annotations, *reading]
@@ -94,30 +94,26 @@ def evaluate_line(
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
     candidates = [source.parent / f"{name}{suffix}" for suffix in suffixes for name in ("test", "val")]
-    if source.is_dir() and _are_of_train(examples, source):
-        candidates[:0] = [source / f"{name}{suffix}" for suffix in (".jsonl", *TABLES, "") for name in ("test", "val")]
-    for trained in {Path(example.source) for example in examples} if source.is_dir() else ():
-        if SPLITS.get(trained.parent.name.lower()) == "train":  # train/captions.csv
-            candidates[:0] = [trained.parent.with_name(name) / trained.name for name in ("test", "val")]
     if val_annotations:  # its images chose the best weights
         used = {os.path.abspath(path) for path in val_annotations.split(",")}  # noqa: PTH100
-        tests = [path for path in candidates if "test" in (path.stem, path.parent.name)]
+        tests = [path for path in candidates if path.stem == "test"]
         candidates = [path for path in tests if os.path.abspath(path) not in used]  # noqa: PTH100
     demos = () if val_annotations else (source.parent / TRAINING_IMAGES, source.parent)
     for demo in demos:  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
-    others = [path for path in candidates if path != source and (path.is_file() or next(path.rglob("*.txt"), None))]
+    others = [path for path in candidates if path != source and path.is_file()]
     asks = task == "vqa"
     fitting = [path for path in others if _asks(path) == asks or ("--question-key" in reading and _has_columns(path, reading))]
     root = Path(reading[reading.index(ROOT) + 1]) if ROOT in reading else None
     existing = next((path for path in fitting if not _has_images_of(path, examples, root)), None)
     suffix = source.suffix if _is_table(source) else ".jsonl"
-    new = ("held_out" if (source.parent / f"test{suffix}").exists() else "test") + suffix  # an existing file does not fit
+    name = ("held_out" if (source.parent / f"test{suffix}").exists() else "test") + suffix  # an existing file does not fit
+    new = relative_if_below(source.with_name(name)) if source.is_file() else name
     references = str(existing) if existing else val_annotations or new
     flags = reading  # the training has read the validation file with these flags; the user writes the same columns
     if existing and not _has_columns(existing, reading):
-        same_images = root and existing.parent in (source, source.parent) and not _has_own_images(existing)
+        same_images = root and existing.parent == source.parent and not _has_own_images(existing)
         flags = [ROOT, str(root)] if same_images else []
     command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
     if existing:
@@ -127,8 +123,8 @@ def evaluate_line(
         images = "the validation images"
     else:
         kind = "questions with answers" if asks else "texts"
-        name = "the annotations" if "," in annotations else source.name
-        same = f" with the {'columns' if _is_table(source) else 'keys'} of {name}" * any(
+        alike = "the annotations" if "," in annotations else source.name
+        same = f" with the {'columns' if _is_table(source) else 'keys'} of {alike}" * any(
             part.endswith("-key") for part in reading
         )
         images = f"images that training has not used (write their images and {kind} to {new}{same} first)"
@@ -172,15 +168,6 @@ def _has_images_of(path: Path, examples: list[Example], root: Path | None) -> bo
 def _has_own_images(path: Path) -> bool:
     """Return True if the first image of a file exists relative to the folder of the file."""
     return any((path.parent / name).is_file() for name in _images_of(path)[:1])
-
-
-def _are_of_train(examples: list[Example], folder: Path) -> bool:
-    """Return True if the files of the training lines, or the first folders of their images, are called train."""
-    splits = {SPLITS.get(Path(source).stem.lower()) for source in {example.source for example in examples}}
-    if splits != {"train"}:
-        with suppress(ValueError):  # an image is not in the folder
-            splits = {SPLITS.get(example.image.relative_to(folder).parts[0].lower()) for example in examples}
-    return splits == {"train"}
 
 
 def _has_columns(path: Path, reading: Sequence[str]) -> bool:

@@ -359,8 +359,8 @@ def test_references_that_are_questions_name_the_task_of_a_retrieval_adapter(tmp_
 def test_lines_of_other_splits_are_not_trained_on_if_there_is_a_validation_file(tmp_path, capsys, make):
     folder = split_folder(tmp_path / "set")
     config = TrainConfig(annotations=str(folder), val_annotations=str(folder / "val"))
-    training, validation, drawn, _ = read_examples(config, CaptionTask(make("blip")))
-    assert not drawn
+    training, validation, drawn, scored = read_examples(config, CaptionTask(make("blip")))
+    assert not drawn and scored == "test"  # the split that the last line of the training names
     assert [sorted(e.text for e in lines) for lines in (training, validation)] == [["picture 0", "picture 1"], ["picture 2"]]
     assert "its splits are used: 2 train, 2 left out; the validation lines are those of" in capsys.readouterr().out
     both = replace(config, val_annotations=config.annotations)
