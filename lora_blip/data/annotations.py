@@ -7,8 +7,8 @@
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from lora_blip.data import columns
 from lora_blip.data.columns import of_two_files
 from lora_blip.data.decoding import undecodable
 from lora_blip.data.entries import KeyFault, LeftOut, Located, Location, SomeLinesError, in_all_lines, in_this_line
-from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
+from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder, Lines, many_objects
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
+from lora_blip.data.splits import Part, of_one_split
 from lora_blip.data.summary import LISTED, ReadLines, listing, one_problem
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
@@ -36,7 +37,6 @@ from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
 TABLES = (".csv", ".tsv", ".xlsx")
 SMALL = 2**26  # bytes of a table whose columns are checked before torch is imported; the encoding of all lines is read for it
-Lines = list[Example | tuple[Location, str]]  # an Example, or a location and the reason why it is invalid
 MANY_MISSING = 3  # if all images are missing: smallest number of images for which one error replaces the list
 SKIP = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
@@ -72,6 +72,7 @@ def read(
     on_decoded: Callable[[str, Image.Image], object] | None = None,
     keys: Keys = NO_KEYS,
     splits: dict[str, list[Example]] | None = None,
+    only: Sequence[str] = (),
     groups: Groups | None = None,
     setting: str = "annotations",
 ) -> tuple[list[Example], list[Problem]]:
@@ -88,7 +89,8 @@ def read(
     report: called with each message, such as the one about ignored keys, and at the end with a table of what was read.
     on_decoded: called with each image file and its decoded image, from several threads.
     keys: the names of the columns or keys, if they are not common names. splits: a dict to which valid lines are added by split
-    (train, val, test), if they have one. groups: collects the group of each image file. setting: its name, for messages.
+    (train, val, test), if they have one. only: if the data have several splits, read only the first of these that they have.
+    groups: collects the group of each image file. setting: the name of the setting, for messages.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
@@ -96,11 +98,9 @@ def read(
     valid_lines, problems = list[Example](), list[Problem]()
     notes: list[Callable[[], list[str]]] = []  # each returns texts about a file, for the table
     with many_objects():
-        for path, root, entries, describe in sources_of(source, keys, setting, splits is not None):
-            builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
-            parsed = _parsed(
-                path, entries if groups is None else partial(observed, entries, builder.group_entries, groups), builder, report
-            )
+        parts = list(_parts(source, image_root, keys, groups, setting, splits is not None or bool(only), report))
+        for builder, parsed, describe in of_one_split(source, parts, only, report) if only else parts:
+            path = Path(builder.source)
             parsed = trimmed(path, parsed, trim, report) if trim else parsed
             broken = _find_moved(parsed, builder, decode, find_all, report)
             if decode:
@@ -195,6 +195,17 @@ def refuse_unknown_columns(source: str | Path, keys: Keys, setting: str = "annot
             next(iter(entries()), None)
 
 
+def _parts(
+    source: Path, image_root: str | Path, keys: Keys, groups: Groups | None, setting: str, use_splits: bool,
+    report: Callable[[str], object],
+) -> Iterator[Part]:  # fmt: skip
+    """Yield the parsed lines of each file of the data. The parameters are those of `read`."""
+    for path, root, entries, describe in sources_of(source, keys, setting, use_splits):
+        builder = ExampleBuilder(path, Path(image_root) if image_root else root, use_splits)
+        read = entries if groups is None else partial(observed, entries, builder.group_entries, groups)
+        yield builder, _parsed(path, read, builder, report), describe
+
+
 def _parsed(
     source: Path, entries: Callable[[], Iterator[Located]], builder: ExampleBuilder, report: Callable[[str], object]
 ) -> Lines:
@@ -253,18 +264,6 @@ def _describe_ignored(keys: dict[str, tuple[int, Location, str]]) -> str:
         for key, (count, first, typo) in sorted(keys.items(), key=lambda item: not item[1][2])
     ]
     return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
-
-
-@contextmanager
-def many_objects() -> Iterator[None]:
-    """Disable the garbage collector in the block. With millions of objects, it is slow, because it scans all of them."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _checked(

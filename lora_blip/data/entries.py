@@ -25,7 +25,7 @@ ANSWER_KEYS = ("answers", "answer")
 INVISIBLE = ("Cc", "Cf", "Zs")  # Unicode categories: control, format such as a zero-width space, and spaces
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "validate": "val", "eval": "val"}
-SPLITS |= {"dev": "val", "test": "test"}
+SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
 IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)", re.IGNORECASE)
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 # a control character that JSON reads from an unescaped backslash → a slash and the letter in the file

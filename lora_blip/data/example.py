@@ -1,7 +1,9 @@
 """Define `Example`, one line of an annotation file, and `ExampleBuilder`, which makes a million of them in seconds."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,9 @@ FILE: Callable[[Example], str] = IMAGE_SLOT.__get__
 Example.image = PathStoredAsText(IMAGE_SLOT)  # type: ignore[assignment,misc]  # set here, because in the class it would conflict with the slot
 
 
+Lines = list[Example | tuple[Location, str]]  # an Example, or a location and the reason why it is invalid
+
+
 class ExampleBuilder:
     """Builds the Examples of a source from its entries. A path or answer of many lines is checked and stored only once."""
 
@@ -103,6 +108,7 @@ class ExampleBuilder:
             return example
         checked = canonical(entry, answered=False)
         if isinstance(checked, str):
+            self._store_split(entry, number)
             return number, checked
         self._count_ignored(entry, number)
         is_question = "question" in checked  # in a caption, keys of these names may have any value
@@ -117,19 +123,36 @@ class ExampleBuilder:
     def _count_ignored(self, entry: Entry, number: Location) -> None:
         """Count the ignored keys of an entry, and its split if the name is unknown. Store a known split."""
         is_question = "question" in entry
-        split = entry.get("split")
-        known_split = SPLITS.get(split.strip().lower()) if self.use_splits and isinstance(split, str) else None
-        if known_split:
-            self.splits[number] = known_split
+        known_split = self._store_split(entry, number)
         used = {first_key(entry, IMAGE_KEYS), first_key(entry, ANSWER_KEYS if is_question else TEXT_KEYS), "group", "prompt"}
         used |= {"split"} if known_split else set()
         used |= self.group_entries.get(number, {}).keys()
         used |= {"question", "question_id"} if is_question else set()
         for key in (key for key in entry if key not in used):
-            name = f"split = {split}" if key == "split" and self.use_splits and split else key
+            name = f"split = {entry[key]}" if key == "split" and self.use_splits and entry[key] else key
             if name in self.ignored or len(self.ignored) < MOST_KEYS:
                 count, first, typo = self.ignored.get(name) or (0, number, typo_of_answer(key, entry))
                 self.ignored[name] = count + 1, first, typo
+
+    def _store_split(self, entry: Entry, number: Location) -> bool:
+        """Store the split of an entry. Return False if it has none, or if its name is unknown."""
+        split = entry.get("split")
+        if not (self.use_splits and isinstance(split, str) and (known := SPLITS.get(split.strip().lower()))):
+            return False
+        self.splits[number] = known
+        return True
+
+    def only(self, split: str, lines: Lines) -> Lines:
+        """Return the lines of a split, and the invalid lines whose split is unknown. Forget the images of the other lines."""
+        splits = self.splits
+        kept = [
+            line
+            for line in lines
+            if (splits.get(line.line) if isinstance(line, Example) else splits.get(line[0], split)) == split
+        ]
+        names = {line.name for line in kept if isinstance(line, Example)}
+        self.firsts = {name: first for name, first in self.firsts.items() if name in names}
+        return kept
 
     def _quick(self, entry: Entry, number: Location) -> Example | None:
         """Return the Example that `canonical` leads to, in half the time. Return None unless all values are tidy strings."""
@@ -203,6 +226,18 @@ class ExampleBuilder:
         """Return str(root / image). Use Path, which is slow, only if it would change the name."""
         needs_path = "//" in image or "/." in image or image[0] in "/." or image[-1] == "/" or os.sep != "/"
         return str(self.root / image) if needs_path else self.prefix + image
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Disable the garbage collector in the block. With millions of objects, it is slow, because it scans all of them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def is_tidy(text: str) -> bool:

@@ -1,16 +1,18 @@
 """Split examples by image or by group of images: all lines of an image are on the same side."""
 
 import random
+from collections.abc import Callable, Collection, Sequence
 from itertools import compress
+from pathlib import Path
 
-from lora_blip.data.annotations import many_objects
-from lora_blip.data.example import FILE, Example
+from lora_blip.data.example import FILE, Example, ExampleBuilder, Lines, many_objects
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.paths import in_walking_order, resolved
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable
 
+Part = tuple[ExampleBuilder, Lines, Callable[[int, Path], list[str]]]  # of the data: a file, its lines, and its description
 ONE_GROUP = "choose another column or regex (--group-by), or set VAL_ANNOTATIONS to a file of other images"
 
 
@@ -48,22 +50,30 @@ def split_by_image(
         return list(compress(examples, (not out for out in is_held_out))), list(compress(examples, is_held_out))
 
 
-def held_out_split(lines_by_split: dict[str, list[Example]], names: tuple[str, ...] = ("test", "val")) -> str:
-    """Return the first of these splits that the data have, or "" if all their lines are in one split."""
-    return next((name for name in names if name in lines_by_split and len(lines_by_split) > 1), "")
+def held_out_split(splits: Collection[str], names: Sequence[str] = ("test", "val")) -> str:
+    """Return the first of these names among the splits of some lines, or "" if there is only one split.
 
-
-def held_out_lines(
-    source: str, examples: list[Example], lines_by_split: dict[str, list[Example]], *names: str
-) -> list[Example]:
-    """Return the lines of the first of these splits that the data have, and print their number. Otherwise return all lines.
-
-    source: the name of the data. examples: all lines. lines_by_split: those with a split.
+    splits: the split of each line, or "" for a line without a split.
     """
-    if not (name := held_out_split(lines_by_split, names)):
-        return examples
-    lines = lines_by_split[name]
-    left_out = f"{counted(len(examples) - len(lines), 'line')} left out"
+    return next((name for name in names if name in splits and len(set(splits)) > 1), "")
+
+
+def one_split_used(source: object, split: str, count: int, total: int) -> str:
+    """Return a line about data of which only one split is used: `count` of `total` lines."""
+    left_out = f"{counted(total - count, 'line')} left out"
     advice = "to use other lines, write them to a file of their own"
-    print(printable(f"{source}: its split {name} is used: {counted(len(lines), 'line')}, {left_out}; {advice}"))
-    return lines
+    return printable(f"{source}: its split {split} is used: {counted(count, 'line')}, {left_out}; {advice}")
+
+
+def of_one_split(source: object, parts: list[Part], only: Sequence[str], report: Callable[[str], object]) -> list[Part]:
+    """Return the parts with the lines of one split, if the data have several. Report how many lines are left out.
+
+    only: the names of the splits to choose from, best first. Invalid lines whose split is unknown are kept.
+    """
+    lines = [(builder, line) for builder, parsed, _ in parts for line in parsed if isinstance(line, Example)] if only else []
+    split = held_out_split({builder.splits.get(line.line, "") for builder, line in lines}, only)
+    if not split:
+        return parts
+    kept = sum(builder.splits.get(line.line) == split for builder, line in lines)
+    report(one_split_used(source, split, kept, len(lines)))
+    return [(builder, builder.only(split, parsed), describe) for builder, parsed, describe in parts]

@@ -12,7 +12,6 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.leaks import leak_warning
-from lora_blip.data.splits import held_out_lines
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import outputs
 from lora_blip.evaluation.leak_search import LeakSearch, search_leaks
@@ -116,7 +115,6 @@ def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapt
     Print a table of what was read, the split that is scored, and the unknown tokens.
     """
     require_folder("image_root", config.image_root)
-    lines_by_split: dict[str, list[Example]] = {}
     with phase(f"reading {config.references}"), other_task_named(config, adapter):
         examples, _ = annotations.read(
             config.references,
@@ -126,10 +124,9 @@ def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapt
             pretokenize=task.pretokenize,
             trim=task.trim,
             keys=keys_of(config),
-            splits=lines_by_split,
+            only=("test", "val"),
             setting="references",
         )
-    examples = held_out_lines(config.references, examples, lines_by_split, "test", "val")
     if token_report := task.unknown_report(examples):
         print(token_report)
     return examples

@@ -11,7 +11,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.image_sources import ImageSource
-from lora_blip.data.splits import held_out_lines
+from lora_blip.data.splits import held_out_split, one_split_used
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
@@ -204,8 +204,11 @@ def read_references(
     if unused := len(examples) - len(lines):
         print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
     if setting == "references":
-        matched = {name: [each for each in of if resolved[each.image] in image_at] for name, of in by_split.items()}
-        lines = held_out_lines(source, lines, {name: of for name, of in matched.items() if of}, "test", "val")
+        split_of = {id(example): name for name, of in by_split.items() for example in of}
+        if split := held_out_split({split_of.get(id(line), "") for line in lines}):
+            used = [line for line in lines if split_of.get(id(line)) == split]
+            print(one_split_used(source, split, len(used), len(lines)))
+            lines = used
     references: dict[Path, list[Example]] = {}
     for example in lines:
         references.setdefault(image_path := image_at[resolved[example.image]], []).append(replace(example, image=image_path))

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_blip.data.annotations import many_objects
-from lora_blip.data.example import FILE, Example
+from lora_blip.data.example import FILE, Example, many_objects
 from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.data.paths import resolved
 from lora_blip.errors import ConfigError

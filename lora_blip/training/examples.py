@@ -1,6 +1,7 @@
 """Read the training and validation lines of a run, and split them."""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lora_blip.config import TrainConfig
@@ -37,12 +38,11 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     groups = Groups(config.group_by)
     examples = read_file(config, task, config.annotations, thumbnails, lines_by_split, groups if config.group_by else None)
     groups.require_found()
+    lines_by_split |= unmarked_as_train(config, examples, lines_by_split)
     if config.val_annotations:
         groups.note_unused(f"the validation lines are those of {config.val_annotations}")
         training = train_lines(config, lines_by_split, len(examples)) or examples
-        validation_splits: dict[str, list[Example]] = {}
-        validation = read_file(config, task, config.val_annotations, thumbnails, validation_splits)
-        validation = splits.held_out_lines(config.val_annotations, validation, validation_splits, "val", "test")
+        validation = read_file(config, task, config.val_annotations, thumbnails, only=("val", "test"))
         task.prepare_data([*training, *validation])
     elif lines_by_split.get("train"):
         training, validation = split_by_column(config, lines_by_split, len(examples), groups)
@@ -54,7 +54,25 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     random.Random(config.seed).shuffle(validation)
     own_validation = lines_by_split.get("train") and lines_by_split.get("val")
     drawn = not (config.val_annotations or own_validation)
-    return Lines(training, validation, drawn, splits.held_out_split(lines_by_split))
+    return Lines(training, validation, drawn, splits.held_out_split(lines_by_split.keys()))
+
+
+def unmarked_as_train(
+    config: TrainConfig, examples: list[Example], lines_by_split: dict[str, list[Example]]
+) -> dict[str, list[Example]]:
+    """Return {"train": the lines without a known split} if other lines are of val or test, and none is of train.
+
+    Return {} otherwise. Print the number of these lines.
+    """
+    if not lines_by_split or "train" in lines_by_split:
+        return {}
+    marked = {id(example) for lines in lines_by_split.values() for example in lines}
+    others = [example for example in examples if id(example) not in marked]
+    if not others:
+        return {}
+    lines = counted(len(others), "line")
+    print(f"{printable(config.annotations)}: no line has the split train, so {lines} without a known split are those of train")
+    return {"train": others}
 
 
 def split_by_column(
@@ -108,10 +126,12 @@ def read_file(
     thumbnails: Thumbnails | None,
     lines_by_split: dict[str, list[Example]] | None = None,
     groups: Groups | None = None,
+    only: Sequence[str] = (),
 ) -> list[Example]:
     """Return the valid lines of an annotations file. Print a table of them, and the tokens that the model does not know.
 
-    lines_by_split: if given, the lines are also added to it by the value of their column `split`.
+    lines_by_split: if given, the lines are also added to it by the value of their column `split`. only: if the data have
+    several splits, read only the first of these that they have.
     """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     setting = "val_annotations" if source == config.val_annotations else "annotations"
@@ -128,6 +148,7 @@ def read_file(
             on_decoded=keep,
             keys=keys_of(config),
             splits=lines_by_split,
+            only=only,
             groups=groups,
             setting=setting,
         )

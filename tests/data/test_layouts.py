@@ -556,3 +556,40 @@ def test_a_column_of_addresses_beside_file_names_is_no_error(run, tmp_path):
     assert pairs(run(write(tmp_path / "x.csv", "image,caption,source\na.jpg,one,https://x/1.jpg\n"))) == [("a.jpg", "one")]
     lines = write(tmp_path / "x.jsonl", '{"image": "a.jpg", "text": "one", "url": "https://x/1"}\n')
     assert pairs(run(lines)) == [("a.jpg", "one")]
+
+
+def test_lines_without_a_split_beside_those_of_the_test_are_for_training(tmp_path, capsys, make):
+    """Before, the lines of the test were trained on, and `prepare` drew new splits."""
+    photos(tmp_path, *(f"{n}.png" for n in range(8)))
+    source = tmp_path / "x.csv"
+    source.write_text("image,text,split\n" + "".join(f"{n}.png,a {n},{'test' if n < 2 else ''}\n" for n in range(8)))
+    config = TrainConfig(annotations=str(source), val_fraction=0.2)
+    training, validation, _, scored = read_examples(config, CaptionTask(make("blip")))
+    assert sorted(e.text for e in [*training, *validation]) == [f"a {n}" for n in range(2, 8)] and scored == "test"
+    printed = capsys.readouterr().out
+    assert f"{source}: no line has the split train, so 6 lines without a known split are those of train\n" in printed
+    assert "its splits are used: 6 train, 0 val, 2 test (left out)\n" in printed
+    lines, _ = annotations.read(source, only=("test", "val"))
+    assert [e.text for e in lines] == ["a 0", "a 1"]
+    with pytest.raises(DataError, match=r'it has no split, but other lines have one; add "split": "train"'):
+        prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
+    source.write_text(source.read_text().replace(",\n", ",test\n"))
+    training, validation, _, scored = read_examples(config, CaptionTask(make("blip")))  # all lines are of one split
+    assert len(training) + len(validation) == 8 and not scored
+
+
+def test_only_the_lines_and_images_of_one_split_are_checked(tmp_path, capsys):
+    """An invalid line stops only if it is of this split, or if its split is unknown."""
+    photos(tmp_path, "1.png", "2.png")
+    source = tmp_path / "x.csv"
+
+    def read(*rows):
+        source.write_text("image,text,split\n" + "".join(f"{row}\n" for row in rows))
+        return [e.text for e in annotations.read(source, only=("test", "val"))[0]]
+
+    valid = ["1.png,a,train", "2.png,b,test"]
+    assert read(*valid, "gone.png,c,train", "1.png,,train", "gone.png,d,Val") == ["b"]
+    assert "its split test is used: 1 line, 3 lines left out; " in capsys.readouterr().out
+    for wrong in ("gone.png,c,test", "1.png,,test", "1.png,,", "1.png,a,test,more"):
+        with pytest.raises(DataError, match=r"x\.csv:4: "):
+            read(*valid, wrong)

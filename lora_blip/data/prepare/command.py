@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lora_blip.data import columns
-from lora_blip.data.annotations import many_objects
 from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, LeftOut, Location, canonical, in_all_lines, in_this_line
+from lora_blip.data.example import many_objects
 from lora_blip.data.formats import keys_of
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.prepare.dropped import Dropped, dropped_lines, first_lines
@@ -197,8 +197,9 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
 
 
 def published_splits(data: PreparedData) -> dict[object, str]:
-    """Return {image identity: its split in the data set}, or {} if no image is in train. Drop the lines without a split."""
-    if not any(_split_of(row) == "train" for row in data.rows):
+    """Return {image identity: its split}, or {} if no line has one or all are of val or test. Drop lines without a split."""
+    splits = set(map(_split_of, data.rows))
+    if "train" not in splits and not (None in splits and len(splits) > 1):
         return {}
     split_of_image: dict[object, str] = {}
     kept = []
