@@ -58,6 +58,17 @@ def held_out_split(splits: Collection[str], names: Sequence[str] = ("test", "val
     return next((name for name in names if name in splits and len(set(splits)) > 1), "")
 
 
+def lines_without_split(examples: list[Example], lines_by_split: dict[str, list[Example]]) -> list[Example]:
+    """Return the lines without a known split, which are for training, if others are of val or test and none is of train.
+
+    Return [] if there is a line of train, or if no line has a split.
+    """
+    if not lines_by_split or "train" in lines_by_split:
+        return []
+    marked = {id(example) for lines in lines_by_split.values() for example in lines}
+    return [example for example in examples if id(example) not in marked]
+
+
 def one_split_used(source: object, split: str, count: int, total: int) -> str:
     """Return a line about data of which only one split is used: `count` of `total` lines."""
     left_out = f"{counted(total - count, 'line')} left out"

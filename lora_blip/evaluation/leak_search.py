@@ -10,6 +10,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import Keys, keys_of
 from lora_blip.data.leaks import Leak, find_leaks
+from lora_blip.data.splits import lines_without_split
 from lora_blip.errors import AdapterError, DataError
 from lora_blip.lora import adapter_file
 from lora_blip.lora.adapter_file import Adapter
@@ -107,7 +108,7 @@ def _search(source: str, root: str, keys: Keys, config: EvaluateConfig, examples
             source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations",
             splits=splits,
         )  # fmt: skip
-        training = splits.get("train") or training  # as a training reads them now
+        training = splits.get("train") or lines_without_split(training, splits) or training  # as a training reads them now
     except DataError as error:
         if config.train_annotations:
             raise

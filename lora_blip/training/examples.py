@@ -38,7 +38,10 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     groups = Groups(config.group_by)
     examples = read_file(config, task, config.annotations, thumbnails, lines_by_split, groups if config.group_by else None)
     groups.require_found()
-    lines_by_split |= unmarked_as_train(config, examples, lines_by_split)
+    if rest := splits.lines_without_split(examples, lines_by_split):
+        lines_by_split["train"], lines = rest, counted(len(rest), "line")
+        source = printable(config.annotations)
+        print(f"{source}: no line has the split train, so {lines} without a known split are those of train")
     if config.val_annotations:
         groups.note_unused(f"the validation lines are those of {config.val_annotations}")
         training = train_lines(config, lines_by_split, len(examples)) or examples
@@ -55,24 +58,6 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     own_validation = lines_by_split.get("train") and lines_by_split.get("val")
     drawn = not (config.val_annotations or own_validation)
     return Lines(training, validation, drawn, splits.held_out_split(lines_by_split.keys()))
-
-
-def unmarked_as_train(
-    config: TrainConfig, examples: list[Example], lines_by_split: dict[str, list[Example]]
-) -> dict[str, list[Example]]:
-    """Return {"train": the lines without a known split} if other lines are of val or test, and none is of train.
-
-    Return {} otherwise. Print the number of these lines.
-    """
-    if not lines_by_split or "train" in lines_by_split:
-        return {}
-    marked = {id(example) for lines in lines_by_split.values() for example in lines}
-    others = [example for example in examples if id(example) not in marked]
-    if not others:
-        return {}
-    lines = counted(len(others), "line")
-    print(f"{printable(config.annotations)}: no line has the split train, so {lines} without a known split are those of train")
-    return {"train": others}
 
 
 def split_by_column(

@@ -571,6 +571,8 @@ def test_lines_without_a_split_beside_those_of_the_test_are_for_training(tmp_pat
     assert "its splits are used: 6 train, 0 val, 2 test (left out)\n" in printed
     lines, _ = annotations.read(source, only=("test", "val"))
     assert [e.text for e in lines] == ["a 0", "a 1"]
+    search = EvaluateConfig(model="x", adapter="none", references="x", train_annotations=str(source))
+    assert "among the 6 images" in search_leaks(search, None, lines).note
     with pytest.raises(DataError, match=r'it has no split, but other lines have one; add "split": "train"'):
         prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
     source.write_text(source.read_text().replace(",\n", ",test\n"))
