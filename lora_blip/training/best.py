@@ -35,6 +35,18 @@ def few_images_warning(validation: Iterable[Example], drawn: bool = True, annota
     )
 
 
+# entries of a run's identity that change its scores: with other values, two scores cannot be compared
+SCORED = (
+    "validation lines", "best_by", "prompt", "generation", "num_beams", "max_new_tokens", "image_size", "base weights",
+    "base processors",
+)  # fmt: skip
+
+
+def scores_differ(earlier: dict[str, Any], current: dict[str, Any]) -> bool:
+    """Return True if the scores of two runs with these identities cannot be compared. An older identity may lack an entry."""
+    return any(earlier[name] != current.get(name) for name in SCORED if name in earlier)
+
+
 @dataclass
 class Best:
     """The best validation so far by one score.

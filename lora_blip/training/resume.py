@@ -18,8 +18,10 @@ from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.training import checkpoint
+from lora_blip.training.best import scores_differ
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import LAST_SKIPPED, Learner
 
@@ -150,12 +152,15 @@ def _has_diverged(saved: Saved, config: TrainConfig) -> bool:
 def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:
     """Return why this start does not resume the newest interrupted run, how to resume it, and the names of the older ones."""
     (saved, changed), *older = others
+    earlier = f". Older interrupted runs with other settings: {', '.join(str(each.run) for each, _ in older[:NAMED])}"
+    earlier = (earlier + ", …" * (len(older) > NAMED)) * bool(older)
+    if "training lines are not the same" in changed:  # another data set, or edited lines
+        return f"{saved.run} was interrupted. It has other training lines, so this start does not resume it{earlier}"
     has_base = not any(change.startswith("base weights") for change in changed)  # with another one, shapes may differ
     accept = f", or add --resume {quoted_for_shell(str(saved.run))} --allow-changed" * (has_base and _can_be_accepted(changed))
-    names = ", ".join(str(each.run) for each, _ in older[:NAMED]) + ", …" * (len(older) > NAMED)
     return (
         f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "
-        f"these values back{accept}" + f". Older interrupted runs with other settings: {names}" * bool(older)
+        f"these values back{accept}{earlier}"
     )
 
 
@@ -202,17 +207,32 @@ def _samples_of(image: Path) -> list[str]:
     return [str(size), *(hashlib.sha256(part).hexdigest()[:16] for part in parts)]
 
 
-def resume_from(learner: Learner, saved: Saved, current: dict[str, Any]) -> None:
+def resume_from(learner: Learner, saved: Saved, current: dict[str, Any], config: TrainConfig, steps_of_epoch: int) -> None:
     """Load the state of a checkpoint into the learner.
 
-    If the identity has changed, discard the unfinished step, continue after the same number of images, and use the total
-    number of steps of the new settings. Raise CheckpointError if the adapters have other names or shapes.
+    If the identity has changed, discard the unfinished step, and continue after the same number of images of the epoch. The
+    total number of steps is then that of the finished and the remaining ones. If the scores cannot be compared with earlier
+    ones, the run is validated first. steps_of_epoch: the number of steps with the settings of `config`.
+
+    Raise CheckpointError if the adapters have other names or shapes, or if no step remains.
     """
-    total, ranks = learner.progress.total, learner.ranks
+    ranks, progress = learner.ranks, learner.progress
     tensors = ranks.broadcast(ranks.on_main(saved.tensors))
     ranks.together(lambda: learner.load_state_dict(tensors, saved.state))
     earlier = saved.state["identity"]
     if differences(earlier, current):
         images = [run["batch_size"] * run["accumulation"] * run["processes"] for run in (earlier, current)]  # images per step
         learner.rewind()
-        learner.progress.group, learner.progress.total = learner.progress.group * images[0] // images[1], total
+        progress = learner.progress
+        progress.group = progress.group * images[0] // images[1]
+        remaining = (config.epochs - progress.epoch) * steps_of_epoch - min(progress.group, steps_of_epoch)
+        remaining = min(remaining, config.max_steps - progress.step) if config.max_steps else remaining
+        if remaining <= 0:
+            limit = "MAX_STEPS" if config.max_steps and progress.step >= config.max_steps else "EPOCHS"
+            done = f"{counted(progress.step, 'step')} in {counted(progress.epoch, 'epoch')}"
+            raise CheckpointError(
+                f"{saved.run}: no step remains, because the run has done {done}; set {limit} to a larger number "
+                f'(--{limit.lower().replace("_", "-")}), or start a new run: RESUME = "off" (--resume off)'
+            )
+        progress.total = progress.step + remaining
+        progress.validated = -1 if scores_differ(earlier, current) else progress.validated

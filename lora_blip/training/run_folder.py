@@ -29,7 +29,7 @@ from lora_blip.runtime.settings import stored_settings
 from lora_blip.runtime.system_errors import sync, writing
 from lora_blip.runtime.untrusted import os_error_reason, printable
 from lora_blip.training import checkpoint
-from lora_blip.training.best import Best
+from lora_blip.training.best import Best, scores_differ
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.tensorboard import summary_writer
@@ -58,6 +58,7 @@ class Run:
         self.images, self.earlier = 0, learner.progress.step  # images since the last logged step; steps of earlier processes
         self.last_scores: dict[str, Any] = {}  # scores of the last validation, and its step
         self.data_changed = False  # True: before a resume, the run had other training lines
+        self.rescored = False  # True: before a resume, the scores of the run could not be compared with those of now
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
@@ -70,17 +71,14 @@ class Run:
         )  # fmt: skip
         self.closing.enter_context(phase(self.state))
         if saved:
-            same = saved.state.get("identity", {}).get("training lines") == identity["training lines"]
-            self.data_changed = saved.state["run"].get("data_changed", False) or not same
-            self._restore_scores(saved.state["run"])
+            earlier, state = saved.state.get("identity", {}), saved.state["run"]
+            same = earlier.get("training lines") == identity["training lines"]
+            self.data_changed = state.get("data_changed", False) or not same
+            self.rescored = state.get("rescored", False) or scores_differ(earlier, identity)
+            if not scores_differ(earlier, identity):  # on every process: each one decides when `patience` is exhausted
+                self.last_scores, self.best = state["last"], Best.restored(state["best"], config.min_improvement)
         learner.ranks.on_main(lambda: self._open(saved, closing))
         self.folder = learner.ranks.broadcast(self.folder)
-
-    def _restore_scores(self, state: dict[str, Any]) -> None:
-        """Restore the last and the best scores, on every process: each process itself decides when `patience` is exhausted."""
-        self.last_scores, best = state["last"], state["best"]
-        if best["by"] == self.best.by:  # scores of another BEST_BY cannot be compared
-            self.best = Best.restored(best, self.config.min_improvement)
 
     def _open(self, saved: Saved | None, closing: ExitStack) -> None:
         """Create or restore the folder, lock it, and open metrics.jsonl and TensorBoard."""
@@ -133,7 +131,7 @@ class Run:
         os.truncate(metrics, min(state["metrics"], metrics.stat().st_size))
         self.started -= state["seconds"]
         best = saved.folder / checkpoint.BEST
-        if best.exists():
+        if best.exists() and not scores_differ(saved.state.get("identity", {}), self.identity):
             write_whole(self.folder / BEST_NAME, best.read_bytes())
         else:
             (self.folder / BEST_NAME).unlink(missing_ok=True)  # written after the checkpoint
@@ -265,6 +263,7 @@ class Run:
         state["run"] = {
             "name": self.folder.name, "metrics": metrics, "seconds": self.checkpointed - self.started,
             "last": self.last_scores, "best": asdict(self.best), "data_changed": self.data_changed,
+            "rescored": self.rescored,
         }  # fmt: skip
         checkpoint.write(folder, self.learner.progress.step, tensors, state, folder / BEST_NAME, self.config.keep_checkpoints)
 

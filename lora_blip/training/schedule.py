@@ -14,8 +14,13 @@ from lora_blip.training.learner import Progress
 
 def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
     """Return the number of steps of a run. An epoch has `micro_batches` micro-batches, over all processes."""
-    steps = config.epochs * -(-micro_batches // (config.accumulation * ranks))
+    steps = config.epochs * steps_of_epoch(config, micro_batches, ranks)
     return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def steps_of_epoch(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
+    """Return the number of steps of an epoch of `micro_batches` micro-batches, over all processes."""
+    return -(-micro_batches // (config.accumulation * ranks))
 
 
 def remaining_steps(

@@ -27,10 +27,11 @@ from lora_blip.tasks.base import Task
 from lora_blip.tasks.frozen_prefix import Prefix
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import resume, summary
+from lora_blip.training.best import scores_differ
 from lora_blip.training.diagnostics import describe_error, describe_skip
 from lora_blip.training.learner import Autocast, Learner, Update
 from lora_blip.training.run_folder import Run
-from lora_blip.training.schedule import remaining_steps, total_steps
+from lora_blip.training.schedule import remaining_steps, steps_of_epoch, total_steps
 from lora_blip.training.setup import PreparedRun, prepare_run
 from lora_blip.training.validation import merge_drift, validate, validating_ranks
 
@@ -97,7 +98,9 @@ def load_checkpoint(prepared: PreparedRun, learner: Learner, closing: ExitStack)
             notes.append(f"MAX_NEW_TOKENS remains {limit}, its value at the start of this run")
             examples = [*prepared.training, *prepared.validation]
             fit_generation(task, examples, limit, fix='RESUME = "off" starts a new run with room for all')
-        resume.resume_from(learner, saved, identity)
+        resume.resume_from(learner, saved, identity, config, steps_of_epoch(config, len(prepared.batches), ranks.count))
+        if scores_differ(saved.state["identity"], identity):
+            notes.append("earlier validation scores cannot be compared with those of this start, so they do not count")
     return saved, identity, notes
 
 
@@ -170,7 +173,7 @@ class Session:
         scores: the scores of this step, if they are already computed.
         """
         learner, progress, config, run = self.learner, self.learner.progress, self.config, self.run
-        due = at_the_end or progress.step == progress.total or progress.step % self.validate_every == 0
+        due = bool(scores) or at_the_end or progress.step == progress.total or progress.step % self.validate_every == 0
         if self.held_out is None or progress.validated == progress.step or not due:
             return
         ranks = validating_ranks(config, learner.ranks)
@@ -235,7 +238,7 @@ class Session:
         images = len({example.file for example in held_out})
         print(
             f"saved {printable(run.adapter_path)}",
-            *filter(None, [summary.score_line(run.folder, run.best, start, images)]),
+            *filter(None, [summary.score_line(run.folder, run.best, "" if run.rescored else start, images)]),
             sep="\n",
         )
         if skipped := self.learner.progress.skipped:

@@ -36,12 +36,13 @@ TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts
 def score_line(folder: Path, best: Best, start: str = "base", images: int = 2) -> str:
     """Return a line with the validation score at the start and the best one. Return "" if the run had no validation.
 
-    start: what the run started from, the base or the initial adapter. images: the number of validation images.
+    start: what the run started from, the base or the initial adapter; "" if its score cannot be compared. images: the number
+    of validation images.
     """
     value = abs(best.rank[0])
     if not math.isfinite(value):
         return ""
-    base = base_score(folder / METRICS_NAME, best.by)
+    base = base_score(folder / METRICS_NAME, best.by) if start else None
     line = f"validation {score_name(best.by)}: " + (f"{start} {score_value(best.by, base)}, " if base is not None else "")
     if not best.step:
         return f"{line}and no later validation was better: the adapter does not improve on the {start}"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_blip.config import TrainConfig
 from lora_blip.data.loader import Slot
 from lora_blip.errors import CheckpointError
 from lora_blip.tasks.caption import CaptionTask
@@ -264,8 +265,8 @@ def resumed(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[
     run = folder / "lora_x"
     path = checkpoint.write(run, 1, tensors, {**state, "identity": then, "run": {"name": run.name}}, run / "none", 1)
     other = learner_of(make)
-    other.progress.total = 70
-    resume.resume_from(other, Saved(path, checkpoint.read(path).state), {**then, **now})
+    changed = {"epochs": now.get("epochs", 6), "max_steps": now.get("max_steps", 0)}
+    resume.resume_from(other, Saved(path, checkpoint.read(path).state), {**then, **now}, TrainConfig(**changed), 30)
     return other
 
 
@@ -288,9 +289,17 @@ def test_the_same_run_continues_in_the_middle_of_its_step(make, learner, tmp_pat
     ],
 )
 def test_a_run_with_changed_settings_continues_after_the_same_number_of_images(make, learner, tmp_path, now, group):
-    """8 steps of 2 · 3 · 1 images are 48 images. The unfinished step is discarded, and `total` is the new one."""
+    """8 steps of 2 · 3 · 1 images are 48 images. The unfinished step is discarded. `total` counts the steps that are done.
+
+    Before, it was that of a new run: with half the steps per epoch, a run ended without its last epochs.
+    """
     accumulate(learner, 1, total=2)
-    learner.progress.group, learner.progress.total = 8, 50
+    learner.progress.group, learner.progress.total, learner.progress.epoch, learner.progress.step = 8, 50, 4, 88
+    learner.progress.validated = 80
     other = resumed(make, learner, tmp_path, now)
-    assert (other.progress.slot, other.progress.group, other.progress.total) == (0, group, 70)
-    assert all(parameter.grad is None for parameter in other.parameters.values())
+    assert (other.progress.slot, other.progress.group, other.progress.total) == (0, group, 88 + 2 * 30 - group)
+    assert all(parameter.grad is None for parameter in other.parameters.values()) and other.progress.validated == 80
+    assert resumed(make, learner, tmp_path / "2", {**now, "max_steps": 90}).progress.total == 90
+    for less, message in (({"max_steps": 88}, r"in 4 epochs; set MAX_STEPS to a.*\(--max-steps\)"), ({"epochs": 4}, "EPOCHS")):
+        with pytest.raises(CheckpointError, match=message):
+            resumed(make, learner, tmp_path / message[:9], {**now, **less})

@@ -677,13 +677,10 @@ def test_patience_counts_gains_above_the_smallest(smallest, stale):
 
 def test_patience_continues_from_a_checkpoint_of_any_version():
     """A checkpoint contains the score of the last improvement. For an older checkpoint without it, the best score is used."""
-    run = Run.__new__(Run)
-    run.config, run.best = TrainConfig(best_by="exact_match"), Best("exact_match", min_improvement=1e-4)
-    run._restore_scores({"last": {}, "best": {"by": "exact_match", "step": 4, "stale": 2, "rank": [0.5, -1.0]}})
-    assert run.best == Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 4, 0.5)
+    older = Best.restored({"by": "exact_match", "step": 4, "stale": 2, "rank": [0.5, -1.0]}, 1e-4)
+    assert older == Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 4, 0.5)
     saved = Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 2, 0.49995)
-    run._restore_scores({"last": {}, "best": json.loads(json.dumps(vars(saved)))})
-    assert run.best == saved
+    assert Best.restored(json.loads(json.dumps(vars(saved))), 1e-4) == saved
 
 
 def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_path, monkeypatch, capsys):

@@ -424,10 +424,51 @@ def test_a_changed_run_is_refused_with_the_name_of_the_change(checkpoints, tmp_p
         train(here)
     capsys.readouterr()
     assert train(replace(config, epochs=1)).parent != run
-    assert "was interrupted, and this start does not resume it, because epochs was 2 and is 1" in capsys.readouterr().out
+    note = f"{run} was interrupted. It has other training lines, so this start does not resume it\n"
+    assert note in capsys.readouterr().out
     path = train(replace(here, allow_changed=True))
     assert "continuing although" in capsys.readouterr().out
     assert adapter_file.read(path).metadata["training"]["data_changed"] is True
+
+
+def test_scores_of_other_validation_lines_do_not_count(checkpoints, tmp_path, capsys, monkeypatch):
+    """Before, a run that was resumed with other data reported the score and kept the best weights of the earlier data."""
+    config = config_of(checkpoints, tmp_path, val_fraction=0.0, epochs=4, best_by="exact_match", resume="auto")
+    held_out = tmp_path / "val.jsonl"
+    held_out.write_text("".join(Path(config.annotations).read_text().splitlines(True)[:3]))
+    config = replace(config, val_annotations=str(held_out))
+    scores = iter([0.5, *[0.9] * 99])
+    monkeypatch.setattr(session, "validate", lambda *_: {"loss": 1.0, "exact_match": next(scores)})
+    with killed_at(9):
+        train(config)
+    run = only_run(config)
+    assert (run / BEST_NAME).exists()
+    saved = checkpoint.newest(run)[0]
+    assert saved is not None and saved.state["run"]["best"]["rank"][0] == 0.9
+    held_out.write_text(held_out.read_text().replace("picture", "photo"))
+    monkeypatch.setattr(session, "validate", lambda *_: {"loss": 2.0, "exact_match": 0.25})
+    path = train(replace(config, resume=str(run), allow_changed=True))
+    printed, step = capsys.readouterr().out, saved.state["progress"]["step"]
+    assert "earlier validation scores cannot be compared with those of this start, so they do not count" in printed
+    assert f"\nvalidation exact match: best adapter 25.0%, after step {step}: {path.with_name(BEST_NAME)}" in printed
+    assert adapter_file.read(path.with_name(BEST_NAME)).metadata["training"]["val_exact_match"] == 0.25
+    assert [(line["step"], line["val_exact_match"]) for line in metrics_of(path) if "val_exact_match" in line].count(
+        (step, 0.25)
+    ) == 1
+
+
+def test_a_changed_run_without_a_remaining_step_is_an_error(checkpoints, tmp_path):
+    """Before, it was saved as a finished run, although it had learned nothing from the new settings."""
+    config = config_of(checkpoints, tmp_path, epochs=4)
+    with killed_at(26):
+        train(config)
+    run, before = only_run(config), checkpoint.newest(only_run(config))[0]
+    with pytest.raises(CheckpointError, match=r"no step remains, because the run has done \d+ steps in 3 epochs; set EPOCHS"):
+        train(replace(config, epochs=2, resume=str(run), allow_changed=True))
+    after = checkpoint.newest(run)[0]
+    assert before is not None and after is not None and after.state == before.state
+    path = train(replace(config, epochs=6, resume=str(run), allow_changed=True))
+    assert adapter_file.read(path).metadata["training"]["steps"] == 6 * 3  # three steps per epoch
 
 
 def test_only_the_newest_interrupted_run_is_described():
@@ -435,6 +476,9 @@ def test_only_the_newest_interrupted_run_is_described():
     assert resume._note_on_others(others[:1]).endswith("add --resume runs/a --allow-changed")
     other_base = [(others[0][0], ["base weights are not the same"])]
     assert resume._note_on_others(other_base).endswith("To resume it, set these values back")
+    other_data = [(others[0][0], ["epochs was 2 and is 3", "training lines are not the same"])]
+    note = "runs/a was interrupted. It has other training lines, so this start does not resume it"
+    assert resume._note_on_others(other_data) == note
     note = resume._note_on_others(others)
     assert note.startswith("runs/a was interrupted") and note.count("because") == 1
     assert note.endswith(". Older interrupted runs with other settings: runs/b, runs/c, runs/d, …")
