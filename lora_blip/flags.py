@@ -12,17 +12,18 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.command_line import start_of_command
+from lora_blip.runtime.options import options
 from lora_blip.runtime.settings import settings_of
 from lora_blip.runtime.similar_names import OTHER_NAMES, corrected, flag_meant, nearest
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
-from lora_blip.runtime.untrusted import parsed, pasteable
+from lora_blip.runtime.untrusted import pasteable
 
 Settings = TypeVar("Settings")
 MOST_WORDS = 40  # of a command that a message corrects
-WORD = re.compile(r"[A-Za-z][\w-]*")
 ESCAPES = re.compile(r"[\a\b\t\n\v\f\r]")  # characters that an unescaped backslash in a path makes
 LETTERS = str.maketrans({"\a": "/a", "\b": "/b", "\t": "/t", "\n": "/n", "\v": "/v", "\f": "/f", "\r": "/r", "\\": "/"})
 NAMED = re.compile(r"argument --([a-z-]+)|^(\w+) = |did you mean --([a-z-]+)")  # the flag or setting in a message
+ONE_OF = re.compile(r"expected one of ([\w, ]+)")
 CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # the name of a setting in a help text
 
 
@@ -45,30 +46,31 @@ def parse(
 
     A relative path in a script that has a `__file__` is relative to the script's folder. A path in a flag is relative to the
     current folder. Raise ConfigError for a name or a flag that is not a setting, and for a wrong value. The message ends with
-    a command that works: for a wrong flag, the user's command with the right one; for a wrong value, `example` with the
-    default value. A wrong value in a script is followed by the line to write there.
+    a command that works: the user's command with the right flag or value, or else `example`. A wrong value in a script is
+    followed by the line to write there.
     """
     known = settings_of(kind)
     names = [entry.name for entry in known]
     _refuse_unknown_names(script, names)
     values = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def checked(words: list[str]) -> str:
+        """Return the command with these words, or "" if it is not valid."""
+        try:
+            flags = _parser(known, values, doc, program).parse_intermixed_args(words) if words else None
+            kind(**(_resolve_paths(script, kind, dict(values)) | vars(flags)))
+        except (ConfigError, TypeError):
+            return ""
+        return command_line([*start_of_command(program or example), *words])
+
     try:
         from_flags, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
         if unknown:
-            given = sys.argv[1:] if arguments is None else arguments
-
-            def correct(names: list[str]) -> str:
-                words = corrected(given, unknown, names) if len(given) <= MOST_WORDS else []
-                try:
-                    flags = _parser(known, values, doc, program).parse_intermixed_args(words) if words else None
-                    kind(**(_resolve_paths(script, kind, dict(values)) | vars(flags)))
-                except (ConfigError, TypeError):
-                    return ""
-                return command_line([*start_of_command(program or example), *words])
-
+            correct = lambda names: checked(corrected(given, unknown, names) if len(given) <= MOST_WORDS else [])  # noqa: E731
             _refuse_flags(unknown, known, correct, getattr(kind, "of_infer", ()))
     except ConfigError as error:
-        end = "" if "for example: " in str(error) else _example(str(error), known, example)
+        end = "" if "for example: " in str(error) else _example(str(error), known, example, given, checked)
         raise ConfigError(f"{error}{end}") from None
     try:
         return kind(**_resolve_paths(script, kind, values) | vars(from_flags))
@@ -77,18 +79,42 @@ def parse(
         if ": expected " in str(error):
             in_script = script.get("__file__") and _named(str(error)) not in vars(from_flags)
             line = _line_of_script(str(error), known, Path(script["__file__"]).name) if in_script else ""
-            end = line or _example(str(error), known, example)
+            end = line or _example(str(error), known, example, given, checked)
         raise type(error)(f"{error}{end}") from None
 
 
-def _example(message: str, known: list[Field[Any]], command: str) -> str:
-    """Return the end of a message about a wrong flag: `command`, with the flag and its default value."""
+def _example(message: str, known: list[Field[Any]], command: str, given: list[str], checked: Callable[[list[str]], str]) -> str:
+    """Return the end of a message about a wrong flag: the user's command with a right value, or else `command` with it.
+
+    The value is the most similar of the possible ones, or the default. given: the words of the user's command. checked:
+    returns the command with other words, or "" if it is not valid.
+    """
     name = _named(message)
-    for entry in known:
-        if entry.name == name and entry.default not in ("", {}, MISSING) and f"{_flag(name)} " not in command:
-            value = str(entry.default).lower() if entry.type is bool else quoted_for_shell(str(entry.default))
-            command = command and f"{command} {_flag(name)} {value}"
+    entry = next((each for each in known if each.name == name and each.default not in ("", {}, MISSING)), None)
+    if entry and f"{_flag(name)} " not in command:
+        value = str(entry.default).lower() if entry.type is bool else str(entry.default)
+        wrong = next((given[at + 1] for at, word in enumerate(given[:-1]) if word == _flag(name)), "")
+        named = ONE_OF.search(message)
+        choices = named[1].split(", ") if named else list(map(str, get_args(entry.type)))
+        value = nearest(wrong, choices) or value
+        words = _with_value(given, _flag(name), value) if len(given) <= MOST_WORDS else []
+        command = checked(words) or (command and f"{command} {_flag(name)} {quoted_for_shell(value)}")
     return f"; for example: {command}" if command else ""
+
+
+def _with_value(given: list[str], flag: str, value: str) -> list[str]:
+    """Return the words of a command with another value of a flag. Return [] if they do not contain the flag."""
+    words, skips = list[str](), False
+    for word in given:
+        if word == flag or word.startswith(f"{flag}="):
+            words += [flag, value]
+            skips = word == flag
+        elif not skips or word.startswith("--"):
+            words.append(word)
+            skips = False
+        else:
+            skips = False
+    return words if flag in words else []
 
 
 def _named(message: str) -> str:
@@ -133,55 +159,6 @@ def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: 
         else:
             group.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
     return parser
-
-
-def options(text: str) -> dict[str, Any]:
-    """Return the options of a flag: num_beams=3,length_penalty=1.5 or a JSON object. A value is JSON, or a word without quotes.
-
-    Raise ArgumentTypeError for a part that is not NAME=VALUE, and for a name that is given twice.
-    """
-    if text.lstrip().startswith("{"):
-        try:
-            return dict(parsed(text))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); write num_beams=3,length_penalty=1.5") from None
-    result: dict[str, Any] = {}
-    for part in filter(str.strip, _parts(text)):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name and equals and value):
-            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=VALUE; write num_beams=3,length_penalty=1.5")
-        if name in result:
-            raise argparse.ArgumentTypeError(f"{name} is given twice; keep one")
-        result[name] = _value(name, value)
-    return result
-
-
-def _parts(text: str) -> list[str]:
-    """Return the parts between the commas that are not in brackets or quotes."""
-    parts, depth, quoted = [""], 0, False
-    for index, character in enumerate(text):
-        if character == '"' and text[index - 1] != "\\":
-            quoted = not quoted
-        depth += 0 if quoted else (character in "[{") - (character in "]}")
-        if character == "," and not depth and not quoted:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _value(name: str, text: str) -> Any:
-    words = {"true": True, "false": False, "null": None, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return parsed(text)
-    except ValueError:
-        if WORD.fullmatch(text):
-            return text
-        raise argparse.ArgumentTypeError(
-            f"{name}={text}: the value is not JSON; write a number, true, false, null, a list such as [[5,7]], or a word"
-        ) from None
 
 
 def _flag(name: str) -> str:

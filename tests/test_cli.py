@@ -125,6 +125,12 @@ def test_a_flag_that_is_given_as_a_command_is_named(monkeypatch, capsys):
         ("caption", "required: IMAGE; for example: lora-blip caption photo.jpg"),
         ("train --r", "expected one argument; for example: lora-blip train --r 8"),
         ("train --r 0", "expected above 0; for example: lora-blip train --r 8"),
+        ("train --image-key a --task captions --lr 1e-3", "example: lora-blip train --image-key a --task caption --lr 1e-3"),
+        ("train --epochs=ten --text-key Text", "for example: lora-blip train --epochs 30 --text-key Text"),
+        ("train --batch-size -1 --lr 1e-3 --no-augment", "lora-blip train --batch-size 8 --lr 1e-3 --no-augment"),
+        ("train --lr 1e-3 --epochs --r 4", "expected one argument; for example: lora-blip train --lr 1e-3 --epochs 30 --r 4"),
+        ("train --on-bad-data ignore --r 0", "for example: lora-blip train --on-bad-data stop"),  # two errors
+        ("infer --images a --scale much --model b", "for example: lora-blip infer --images a --scale 1.0 --model b"),
         ("train --augment maybe", "neither true nor false; for example: lora-blip train --augment true"),
         ("infer --batch 4 --r=2", "--batch-size? --help lists all flags; for example: lora-blip infer --batch-size 4"),
         ("train --learning-rate 1e-3 --epoch 3", "did you mean --lr? --help lists all flags; for example: lora-blip train "
@@ -245,7 +251,9 @@ def test_a_wrong_flag_does_not_show_the_line_of_the_script(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--epochs", "-1"])
     with pytest.raises(SystemExit):
         cli.run_train({"__file__": "somewhere/train.py", "EPOCHS": 3}, "")
-    assert capsys.readouterr().err == "error: epochs = -1: expected above 0; for example: python train.py --epochs 30\n"
+    assert (
+        capsys.readouterr().err == "error: epochs = -1: expected above 0; for example: python somewhere/train.py --epochs 30\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,7 +291,7 @@ def test_a_wrong_flag_of_a_script_names_the_script(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--epochs", "x"])
     with pytest.raises(SystemExit):
         cli.run_train({}, "")
-    assert capsys.readouterr().err.endswith("; for example: python train.py --epochs 30\n")
+    assert capsys.readouterr().err.endswith("; for example: python somewhere/train.py --epochs 30\n")
 
 
 def test_a_flag_before_the_command_is_explained(monkeypatch, capsys):

@@ -70,11 +70,15 @@ class Output:
         """Return the line to print at the start: how many images are done, or how to resume the run."""
         if self.lines_before:
             return f"resuming after {counted(self.lines_before, 'image')}"
-        return f"if this run is stopped, --output-dir {self.folder} with the same settings resumes it"
+        return f"if this run is stopped, {self._flag} with the same settings resumes it"
 
     def describe_stop(self) -> str:
         """Return the line to print if a signal stops the run: how many images are done, and how to resume the run."""
-        return f"stopped after {counted(self.lines, 'image')}; --output-dir {self.folder} with the same settings resumes it"
+        return f"stopped after {counted(self.lines, 'image')}; {self._flag} with the same settings resumes it"
+
+    @property
+    def _flag(self) -> str:
+        return f"--output-dir {quoted_for_shell(str(self.folder))}"
 
     def describe_end(self) -> str:
         """Return the line to print at the end: the number of lines and the files."""
@@ -227,7 +231,8 @@ def opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[Out
 
     Raise OutputError if the folder belongs to another run, or if the disk is full.
     """
-    advice = f"; the written lines are safe: {{first}}start again with the same settings and --output-dir {folder} to resume"
+    flag = f"--output-dir {quoted_for_shell(str(folder))}".replace("{", "{{").replace("}", "}}")
+    advice = f"; the written lines are safe: {{first}}start again with the same settings and {flag} to resume"
     with room_for(folder, OutputError, advice):
         make_folder(folder)
         with lock.held(folder):

@@ -8,7 +8,7 @@ from lora_blip.errors import ConfigError
 from lora_blip.runtime import runs
 from lora_blip.runtime.command_line import lora_blip_program
 from lora_blip.runtime.counts import counted
-from lora_blip.runtime.files import make_folder, refuse_unwritable
+from lora_blip.runtime.files import make_folder, refuse_unwritable, unused_path
 from lora_blip.runtime.settings import argument, require, setting
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import printable
@@ -51,7 +51,9 @@ def check_paths(config: BlendConfig) -> None:
     for text in config.adapters:
         runs.locate(parsed(text)[0])
     if (Path(config.output_dir) / runs.ADAPTER_NAME).exists():
-        raise ConfigError(f"{Path(config.output_dir) / runs.ADAPTER_NAME} exists already; give another folder: --output-dir")
+        new = quoted_for_shell(str(unused_path(Path(config.output_dir))))
+        file = Path(config.output_dir) / runs.ADAPTER_NAME
+        raise ConfigError(f"{file} exists already; give a new folder: --output-dir {new}")
     refuse_unwritable(config.output_dir)
 
 

@@ -22,7 +22,7 @@ from lora_blip.models.library import first_line
 from lora_blip.models.local_base import near_embedded
 from lora_blip.models.weight_names import SAFE_INDEX, SAFE_SHARDS, SAFE_WEIGHTS
 from lora_blip.runtime.hub_adapters import TOKEN, bar_of_one_attempt, one_message, refuses_token
-from lora_blip.runtime.hub_cache import SECONDS, remember, root_of, snapshots
+from lora_blip.runtime.hub_cache import SECONDS, download_command, remember, root_of, snapshots
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
 ANY_WEIGHTS = (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
@@ -119,15 +119,15 @@ def _converted_commit(api: HfApi, repository: str, commit: str) -> str:
 
 def _cached(repository: str, name: str, reason: str) -> str:
     """Return the newest complete copy in the cache, and print one line. Raise ModelError if there is none."""
-    root = root_of(repository)
+    root, revision = root_of(repository), name.partition("@")[2]
     if folder := cached(name):
         if not constants.HF_HUB_OFFLINE:
             print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
         return folder
     raise ModelError(
         f"{reason}, there is no folder {name!r}, and the cache has no complete copy of this model ({root}). "
-        f"Download it on a machine with a network: hf download {repository} --local-dir base. Then copy the folder here, and "
-        'give its path: MODEL = "base" (--model base)'
+        f"Download it on a machine with a network: {download_command(repository, revision, 'base')}. Then copy the folder "
+        'here, and give its path: MODEL = "base" (--model base)'
     ) from None
 
 

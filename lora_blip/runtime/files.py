@@ -231,4 +231,5 @@ def refuse_full(folder: Path) -> None:
         return
     if folder.exists() or folder.is_symlink():
         problem = "is not empty" if folder.is_dir() else "exists already and is not a folder"
-        raise OutputError(f"output_dir = {str(folder)!r}: it {problem}; give a new folder: --output-dir {folder}_2")
+        new = system_errors.quoted_for_shell(str(unused_path(folder)))
+        raise OutputError(f"output_dir = {str(folder)!r}: it {problem}; give a new folder: --output-dir {new}")

@@ -173,7 +173,7 @@ def _cached(name: str, repository: str, revision: str, reason: str) -> Path:
     """Return the adapter file of the newest complete copy in the cache, and print a line. Raise AdapterError without a copy."""
     from huggingface_hub import constants
 
-    from lora_blip.runtime.hub_cache import root_of, snapshots
+    from lora_blip.runtime.hub_cache import download_command, root_of, snapshots
 
     for folder in snapshots(root_of(repository), revision):
         try:
@@ -185,5 +185,6 @@ def _cached(name: str, repository: str, revision: str, reason: str) -> Path:
         return path
     raise AdapterError(
         f"no adapter at {name!r}: {reason}, and the cache has no copy of such a model ({root_of(repository)}); give the path "
-        f"of an adapter, or download it on a machine with a network: hf download {repository}"
+        f"of an adapter, or download it on a machine with a network: {download_command(repository, revision, 'adapter')}. Then "
+        "copy the folder here, and give its path: --adapter adapter"
     ) from None

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from lora_blip.runtime.files import write_whole
+from lora_blip.runtime.system_errors import quoted_for_shell
 
 # folder in the hub cache's `refs`, with a file for each revision: the downloaded commit, of the revision or of its conversion
 OURS = "lora_blip"
@@ -25,6 +26,12 @@ def remember(repository: str, revision: str, commit: str) -> None:
         return  # git allows no such name
     with suppress(OSError):  # the cache may be read-only
         write_whole(root_of(repository) / "refs" / OURS / revision, commit.encode())
+
+
+def download_command(repository: str, revision: str, folder: str) -> str:
+    """Return the command that downloads a repository into a folder, on a machine with a network."""
+    chosen = f" --revision {quoted_for_shell(revision)}" * bool(revision)
+    return f"hf download {quoted_for_shell(repository)}{chosen} --local-dir {folder}"
 
 
 def snapshots(root: Path, revision: str) -> Iterator[Path]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lora_blip.errors import CheckpointError
 from lora_blip.runtime.files import link_or_copy, make_whole, remove, sha256_of, sweep, write_new
 from lora_blip.runtime.runs import CHECKPOINT, CHECKPOINTS_NAME, run_to_resume
-from lora_blip.runtime.system_errors import file_error, is_system_error, reading
+from lora_blip.runtime.system_errors import file_error, is_system_error, quoted_for_shell, reading
 
 FOLDER, TENSORS, STATE, BEST = CHECKPOINTS_NAME, "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
@@ -122,7 +122,8 @@ def locate(path: Path) -> Saved:
         try:
             return read(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}. --resume {run} resumes from its newest undamaged checkpoint") from None
+            flag = f"--resume {quoted_for_shell(str(run))}"
+            raise CheckpointError(f"{error}. {flag} resumes from its newest undamaged checkpoint") from None
     saved, problems = newest(run)
     if saved is None:
         reason = "\n".join(problems) or "it has no checkpoint: the run is finished, or this is not the folder of a run"

@@ -11,6 +11,7 @@ from lora_blip.errors import TrainingError
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.limits import CPU_ALLOCATOR, is_lost_peer, is_out_of_memory
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.tasks.base import Task
 from lora_blip.training import checkpoint, preflight
 from lora_blip.training.learner import Autocast, Update
@@ -31,7 +32,8 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
     resume = ""
     if saved:
         step = saved.state["progress"]["step"]
-        resume = f"\nThe run is saved after step {step}; resume it with: --resume {saved.run} --allow-changed"
+        folder = quoted_for_shell(str(saved.run))
+        resume = f"\nThe run is saved after step {step}; resume it with: --resume {folder} --allow-changed"
     half, double = config.batch_size // 2, 2 * config.accumulation
     same = "" if config.dropout or task.name == "retrieval" else ", which gives the same updates"
     smaller = f"--batch-size {half} --accumulation {double}{same}; or " if half else ""

@@ -130,7 +130,8 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
         if name != saved.run.name:
             is_copy = os.path.lexists(saved.run.parent / name)  # such as a backup
             if not (changed or is_copy or lock.is_held(saved.run)):
-                notes.append(f"{saved.run} was interrupted and renamed (from {name}). To resume it, add --resume {saved.run}")
+                run = quoted_for_shell(str(saved.run))
+                notes.append(f"{saved.run} was interrupted and renamed (from {name}). To resume it, add --resume {run}")
         elif not changed:
             return saved, notes
         elif not lock.is_held(saved.run):  # another process is training it

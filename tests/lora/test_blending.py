@@ -94,7 +94,7 @@ def test_the_command_writes_an_adapter_and_prints_the_error(make, tmp_path, monk
     assert "caption, a blend" in describe(task, result, 1, "fp32")
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments)
-    assert "exists already; give another folder" in capsys.readouterr().err
+    assert "exists already; give a new folder: --output-dir" in capsys.readouterr().err
     run(monkeypatch, *arguments[:2], "--output-dir", str(tmp_path / "exact"))
     assert "r = 8; exact: the ranks are added" in capsys.readouterr().out
 

@@ -93,6 +93,8 @@ def test_without_a_network_and_cache_there_is_one_error(monkeypatch, offline):
     reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     with pytest.raises(ModelError, match=rf"{reason}.* cache has no complete copy .*hf download user/tiny") as caught:
         load_backbone(NAME, "cpu")
+    with pytest.raises(ModelError, match=rf"hf download {NAME} --revision v2 --local-dir base\. Then copy"):
+        load_backbone(f"{NAME}@v2", "cpu")  # without the revision, it would be main
     assert caught.value.__suppress_context__  # a traceback shows the message without those of the connection
 
 

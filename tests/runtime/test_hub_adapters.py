@@ -120,7 +120,9 @@ def test_without_a_network_and_cache_there_is_one_message(web, monkeypatch, capf
     web.status = 503
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-    refused(rf"no adapter at 'user/cubes': {reason}.*hf download user/cubes", capfd)
+    refused(rf"no adapter at 'user/cubes': {reason}.*hf download user/cubes --local-dir adapter\. Then copy", capfd)
+    with pytest.raises(AdapterError, match=r"hf download user/cubes --revision v2 --local-dir adapter\."):
+        hub_adapters.fetch("user/cubes@v2")
 
 
 def test_a_wrong_token_is_one_message_and_is_not_printed(web, capfd):

@@ -5,10 +5,12 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ import torch
 
 from lora_blip.cli import main, report_errors, run_infer, run_train
 from lora_blip.data.disk_cache import Store
-from lora_blip.errors import AdapterError, FileError, ModelError
+from lora_blip.errors import AdapterError, FileError, ModelError, OutputError
 from lora_blip.kernels import paths
 from lora_blip.lora import adapter_file
 from lora_blip.runtime import files, lock, system_errors
-from lora_blip.runtime.files import make_whole, remove, room_for, write_whole
+from lora_blip.runtime.files import make_whole, refuse_full, remove, room_for, write_whole
 from lora_blip.runtime.runs import locate
 from lora_blip.runtime.system_errors import NUMBERS, file_error, writing
 from lora_blip.training import checkpoint
@@ -470,3 +472,45 @@ def test_an_image_of_a_parquet_file_that_cannot_be_written_is_no_damaged_downloa
         patch.setattr(packed, "READER", broken)
         with pytest.raises(FileError, match="images cannot be written: No space left on device; free some space"):
             list(packed.parquet_entries(tmp_path / "x.parquet", Keys(), target))
+
+
+# values after a flag in a message that need no quotes: numbers, names of the package, and texts that are already quoted
+SAFE = {
+    "data/prepare/web_addresses.py: images", "data/prepare/web_addresses.py: local",
+    "inference/commands.py: BASE_OF[config.task]", "inference/commands.py: BASE_OF[self.task]",
+    "inference/explanation.py: first", "inference/setup.py: wrong[0]", "lora/blend_command.py: new", "lora/targets.py: R",
+    "models/base_config.py: key", "runtime/files.py: new", "runtime/hub_cache.py: folder",
+    "runtime/setting_checks.py: BASE_OF[task]", "tasks/text_length.py: longer", "tasks/text_task.py: room",
+    "training/caching.py: math.ceil(needed)", "training/diagnostics.py: folder", "training/diagnostics.py: half",
+    "training/diagnostics.py: double", "training/initial_adapter.py: r", "training/initial_adapter.py: exact(alpha)",
+    "training/initial_adapter.py: adapter.image_size", "training/initial_adapter.py: backbone.image_size",
+    "training/initial_adapter.py: adapter.variant", "training/resume.py: run", "training/session.py: name",
+}  # fmt: skip
+
+
+def values_after_flags(path: Path) -> Iterator[str]:
+    """Yield each expression that an f-string puts after a flag such as --output-dir without `quoted_for_shell`."""
+    for text in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for before, value in pairwise(text.values) if isinstance(text, ast.JoinedStr) else ():
+            follows_flag = isinstance(before, ast.Constant) and re.search(r"--[a-z][a-z-]*[ =]$", str(before.value))
+            if follows_flag and isinstance(value, ast.FormattedValue):
+                expression = ast.unparse(value.value)
+                if not re.search(r"\bquote(d_for_shell)?\(", expression):
+                    yield expression
+
+
+def test_a_path_after_a_flag_is_quoted():
+    """Otherwise the advice fails if it is pasted, for a folder such as "my photos". Before, --output-dir was not quoted."""
+    found = {
+        f"{path.relative_to(PACKAGE).as_posix()}: {each}" for path in PACKAGE.rglob("*.py") for each in values_after_flags(path)
+    }
+    assert found == SAFE
+
+
+def test_the_new_folder_that_an_error_names_is_quoted_and_does_not_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mein Modell", "mein Modell_2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    with pytest.raises(OutputError, match=r"give a new folder: --output-dir 'mein Modell_3'$"):
+        refuse_full(Path("mein Modell"))
