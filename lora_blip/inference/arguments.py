@@ -1,6 +1,6 @@
 """Check the texts that Python callers pass to a `Captioner`: questions, texts to rank, and arguments in the wrong order."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -105,8 +105,8 @@ def checked_questions(question: Any) -> tuple[list[str], bool]:
     return [*map(plain, questions)], isinstance(question, str)
 
 
-def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) -> list[str]:
-    """Return each text once. Raise InputError if a text cannot be ranked.
+def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str, report: Callable[[str], object]) -> list[str]:
+    """Return each text once. Report unknown tokens. Raise InputError if a text cannot be ranked.
 
     kind: "adapter" or "model", for messages. The tokenizer of the task is used, and it is not thread-safe.
     """
@@ -129,6 +129,8 @@ def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) ->
     for text in checked:
         if reason := task.check(replace(example_of("", question), text=text, answers=(text,))):
             raise InputError(f"texts[{texts.index(text)}] is {quoted(text)}: {reason}")
+        if warning := task.checker.warning(text):
+            report(warning)
     return checked
 
 

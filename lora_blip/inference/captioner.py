@@ -274,7 +274,7 @@ class Captioner:
 
     def _checked_texts(self, texts: Any, question: str) -> list[str]:
         with self.shared_base.lock:  # a tokenizer is not thread-safe
-            return checked_texts(self.runner.task, self._kind, texts, question)
+            return checked_texts(self.runner.task, self._kind, texts, question, self.runner.report)
 
     def _predict(self, requests: Iterable[tuple[str, Any, str]], texts: list[str], strict: bool) -> Iterator[Prediction]:
         """Yield a prediction for each (name, image, question)."""

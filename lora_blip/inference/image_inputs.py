@@ -35,6 +35,8 @@ ACCEPTED = (
 )
 SINGLE = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray, Tensor)
 CHANNELS = (1, 3, 4)
+ROUNDING = 0.5 / 255  # a float value this far outside 0 to 1 still rounds to a value from 0 to 255
+OVERSHOOT = 0.25  # how far outside 0 to 1 a resize or a filter moves values; normalized values are farther away
 PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first use, and threads may share the image
 
 
@@ -170,9 +172,14 @@ def _check_values(image: Any, name: str) -> None:
     smallest, largest = float(values.min()), float(values.max())
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         return  # damaged data, and no wrong call: `decode` returns the error of this image alone
-    if not (smallest >= 0 and largest <= 1):
-        fix = "divide it by 255" if smallest >= 0 and largest <= 255 else "give the image before it is normalized"
-        raise InputError(f"{name} has values from {smallest:.4g} to {largest:.4g}; a float image has values from 0 to 1: {fix}")
+    if smallest >= -ROUNDING and largest <= 1 + ROUNDING:
+        return
+    fix = "give the image before it is normalized"
+    if smallest >= -OVERSHOOT and largest <= 1 + OVERSHOOT:
+        fix = "clip it, " + ("image.clamp(0, 1)" if isinstance(image, Tensor) else "image.clip(0, 1)")
+    elif smallest >= 0 and largest <= 255:
+        fix = "divide it by 255"
+    raise InputError(f"{name} has values from {smallest:.6g} to {largest:.6g}; a float image has values from 0 to 1: {fix}")
 
 
 def _conversion(image: Any) -> str:

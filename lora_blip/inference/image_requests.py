@@ -77,8 +77,11 @@ def _predict_batch(
         check()
         check_question = getattr(runner.task, "check_question", None)
         for n, request in enumerate(requests):
-            if check_question and request.example.question and (reason := check_question(request.example)):
+            question = request.example.question
+            if check_question and question and (reason := check_question(request.example)):
                 results[n] = InputError(reason)
+            elif question and (warning := runner.task.checker.warning(question)):
+                runner.report(warning)
         good = [n for n, result in enumerate(results) if isinstance(result, Tensor)]
         if good:
             pictures, examples = torch.stack([results[n] for n in good]), [requests[n].example for n in good]

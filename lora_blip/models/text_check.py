@@ -47,6 +47,10 @@ class TextChecker:
         """Return the tokens of a text without special tokens."""
         return self.pretokenized.get(text) or plain_ids(self.tokenizer, text)
 
+    def warning(self, text: str) -> str:
+        """Return a line about the unknown tokens of a text, once for each text, or ""."""
+        return "" if self.bounds.has_no_unknown(text) else self.unknown.warning(text, self.ids(text))
+
     def problem(self, text: str, room: int) -> str:
         """Return why a text cannot be used if the model has room for `room` tokens, or ""."""
         if self.bounds.upper_bound(text, room) <= room:

@@ -11,7 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.annotations import refuse_unknown_columns
+from lora_blip.data.entries import canonical
 from lora_blip.data.example import Example
+from lora_blip.data.formats import NO_KEYS
+from lora_blip.errors import DataError
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
 from lora_blip.runtime.command_line import lora_blip_program
@@ -107,6 +111,7 @@ def evaluate_line(
     asks = task == "vqa"
     fitting = [path for path in others if _asks(path) == asks or ("--question-key" in reading and _has_columns(path, reading))]
     root = Path(reading[reading.index(ROOT) + 1]) if ROOT in reading else None
+    fitting = [path for path in fitting if _has_columns(path, reading) or _is_readable(path)]
     existing = next((path for path in fitting if not _has_images_of(path, examples, root)), None)
     suffix = source.suffix if _is_table(source) else ".jsonl"
     name = ("held_out" if (source.parent / f"test{suffix}").exists() else "test") + suffix  # an existing file does not fit
@@ -169,6 +174,16 @@ def _has_images_of(path: Path, examples: list[Example], root: Path | None) -> bo
 def _has_own_images(path: Path) -> bool:
     """Return True if the first image of a file exists relative to the folder of the file."""
     return any((path.parent / name).is_file() for name in _images_of(path)[:1])
+
+
+def _is_readable(path: Path) -> bool:
+    """Return True if `evaluate` can read a file without the names of its columns or keys. Only the first line is checked."""
+    try:
+        refuse_unknown_columns(path, NO_KEYS, "references")
+        first = {} if _is_table(path) else parsed(_first_line(path))
+    except (DataError, ValueError):
+        return False
+    return _is_table(path) or (isinstance(first, dict) and not isinstance(canonical(first), str))
 
 
 def _has_columns(path: Path, reading: Sequence[str]) -> bool:

@@ -25,6 +25,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageSequence
+from torch import Tensor
 from transformers.initialization import no_tie_weights
 
 import lora_blip
@@ -37,6 +38,7 @@ from lora_blip.inference.prediction import line_of
 from lora_blip.lora import adapter_file, attached
 from lora_blip.models import library
 from lora_blip.models.loading import as_backbone, load_backbone
+from lora_blip.models.unknown_tokens import MOST_WARNED
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import TASKS, default_task
@@ -232,10 +234,24 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "negative integers": (np.full((8, 8), -1), r"has the dtype int64; expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
     "complex numbers": (np.ones((8, 8), complex), r"expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
     "levels as floats": (np.full((8, 8, 3), 200.0), "values from 200 to 200; .*: divide it by 255"),
+    "a resized array": (np.full((8, 8, 3), 1.067), "values from 1.067 to 1.067; .*: clip it, image.clip\\(0, 1\\)"),
+    "a resized tensor": (torch.full((3, 8, 8), -0.03), "from -0.03 to -0.03; .*: clip it, image.clamp\\(0, 1\\)"),
+    "dark levels as floats": (np.full((8, 8, 3), 2.0), "values from 2 to 2; .*: divide it by 255"),
     "pixel values": (torch.full((3, 8, 8), -1.5), "values from -1.5 to -1.5; .*: give the image before it is normalized"),
     "a sparse tensor": (torch.eye(9).to_sparse(), "is a tensor that is sparse, nested, quantized or without values"),
     "a meta tensor": (torch.empty(3, 9, 9, device="meta"), "is a tensor that is sparse, nested, quantized or without values"),
 }
+
+
+@pytest.mark.parametrize("excess", [1e-7, 0.0019])
+def test_float_values_that_round_to_the_levels_of_an_image_are_accepted(captioner, excess):
+    """Before, the advice was to divide by 255, which makes the image black."""
+    image = torch.rand(3, 30, 30, generator=torch.Generator().manual_seed(0))
+    image[0, 0, 0], image[1, 1, 1] = 0.0, 1.0
+    outside = image.clone()
+    outside[0, 0, 0], outside[1, 1, 1] = -excess, 1 + excess
+    for convert in (Tensor.clone, lambda values: values.permute(1, 2, 0).numpy()):
+        assert captioner(convert(outside)) == captioner(convert(image))
 
 
 @pytest.mark.parametrize(("image", "message"), NOT_IMAGES.values(), ids=NOT_IMAGES)
@@ -1130,3 +1146,23 @@ def test_a_model_in_training_stays_in_training(make, photos):
     expected = captioner(photos)
     backbone.model.train()
     assert captioner(photos) == expected and backbone.model.training
+
+
+def test_unknown_tokens_of_questions_and_texts_are_printed_once_with_their_number(make, capsys):
+    """Before, only `infer` printed them; `ask`, `rank` and a service lost a part of the question silently."""
+    image = Image.new("RGB", (30, 30), "red")
+    vqa, caption = Captioner(TASKS["vqa"](make("vqa"))), Captioner(CaptionTask(make("blip")))
+    lost = "what is \N{SLIGHTLY SMILING FACE} top?"
+    start = "warning: the tokenizer does not know 1 of its "
+    for _ in range(2):
+        assert not vqa.answer(image, [lost, "what is on top?"])[0].error
+    assert (printed := capsys.readouterr().err).count("\n") == 1
+    assert printed.startswith(start) and f"so they are lost: {lost!r}; a base with a byte-level" in printed
+    next(vqa.stream([image], question="a \N{SLIGHTLY SMILING FACE}?"))
+    caption.rank(image, ["a \N{SLIGHTLY SMILING FACE} cube", "a cube"])
+    vqa.rank(image, ["a \N{SLIGHTLY SMILING FACE} ball", "a cube"], question=lost)
+    printed = capsys.readouterr().err
+    assert [line.startswith(start) for line in printed.splitlines()] == [True] * 3
+    for number in range(2 * MOST_WARNED):
+        vqa.answer(image, f"what is \N{SLIGHTLY SMILING FACE} {number}?")
+    assert capsys.readouterr().err.count("\n") < MOST_WARNED  # a service does not fill its log

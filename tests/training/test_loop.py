@@ -505,8 +505,21 @@ def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, mo
     assert of("val.csv", examples).endswith(f"the images of test.csv: lora-blip evaluate --adapter run --references {test}")
     for chosen in (str(test), f"val.csv,{test}"):  # the validation file is the test file
         assert of(chosen, examples).startswith("to score it on the validation images: ")
+    test.write_text("Bild;Beschreibung\n9.png;a\n")  # neither usual names of columns nor those of the training
+    for names in (keys, ()):
+        assert f"{tmp_path / 'test.csv'}" not in of("", examples, names) and "held_out.csv" in of("", examples, names)
+    test.write_text("Datei;Wort\n9.png;a\n")
+    assert of("", examples, keys).endswith(f"{test} --image-key Datei --text-key Wort")
     test.unlink()
     assert of("val.csv", examples).startswith("to score it on the validation images: ")
+    lines = tmp_path / "test.jsonl"
+    for text, fits in (
+        ('{"picture": "9.png", "says": "a"}\n', False),
+        ('{"image": "9.png", "caption": "a"}\n', True),
+        ("{", False),
+    ):
+        lines.write_text(text)
+        assert of("", examples).endswith(f"--references {lines}") is fits
 
 
 def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypatch):
