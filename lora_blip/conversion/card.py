@@ -69,7 +69,7 @@ def loading(adapter: "Adapter", folder: str) -> str:
     kind = adapter.metadata["base"].get("architecture", "")
     known = kind if re.fullmatch(r"Blip2?For\w{1,60}", kind) else "AutoModelForImageTextToText"
     base, _, revision = adapter.base.partition("@")
-    arguments = repr(base) + (f", revision={revision!r}" if revision else "")
+    arguments = repr(base) + (f", revision={revision!r}" if revision else "") + ', dtype="float32"'  # as in a training
     return "\n".join(
         (
             "from peft import PeftModel",

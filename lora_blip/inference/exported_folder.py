@@ -1,5 +1,6 @@
 """The files of an exported folder: what `save_pretrained` of transformers writes for a model and its processor."""
 
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ def write(place: Path, task: PredictionTask, base_config: Any, dtype: str, shard
     with Quiet(str(place)):
         model.save_pretrained(place, max_shard_size=int(shard_gb * 10**9))
         write_processor(place, task.backbone)
+    mode = place.stat().st_mode & 0o666  # of a new folder: the permissions that the user's umask gives
+    for file in place.glob("*.safetensors"):  # safetensors writes files that only their owner can read
+        with suppress(OSError):  # a file system without permissions
+            file.chmod(mode)
 
 
 def restore_settings(config: Any, original: Any) -> None:

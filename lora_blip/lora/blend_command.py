@@ -72,7 +72,7 @@ def blend(config: BlendConfig) -> None:
     modules = f"{counted(len(blended.updates), 'module')}, r = {', '.join(map(str, ranks[:6]))}{' …' * (len(ranks) > 6)}"
     lines = [f"{path} = {terms}", f"{modules}; {accuracy(blended.relative_error, blended.errors, config.r)}"]
     first = adapters[0]
-    if any(adapter.task != first.task for adapter in adapters):
+    if any(adapter.task != first.task for adapter in adapters if len(adapter.task) > 1):  # a file of peft has only the name
         lines.append(f"note: the adapters have different prompts or options of generation; those of {first.path} are used")
     lines.append(f"next: {command_line([*lora_blip_program(), 'inspect', config.output_dir])}")
     print(*map(printable, lines), sep="\n", flush=True)

@@ -16,6 +16,11 @@ MERGE = (
     "merge it into its base in peft, model.merge_and_unload().save_pretrained(folder), save the processor of the base too, "
     "AutoProcessor.from_pretrained(base).save_pretrained(folder), and give that folder as MODEL, without an adapter"
 )
+# a merge would change the output layer too: it has the weight of the embeddings in BLIP and OPT
+EMBEDDINGS = (
+    "train the adapter again without the embeddings. A merge in peft is no way out for BLIP and OPT: it would change the "
+    "output layer too, which shares their weight"
+)
 # value of init_lora_weights with which peft changes no weight of the base; a text that begins with one of CHANGES does
 KEEPS = (True, None, False, "gaussian", "orthogonal", "eva", "mica")
 CHANGES = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -107,7 +112,8 @@ def _refuse_others(config: dict[str, Any]) -> None:
     if isinstance(start, str) and start.lower().startswith(CHANGES):
         raise HeaderError(
             f"it started on a changed base (init_lora_weights = {quoted(start)}), so it does not fit the original one; convert "
-            "it in peft: model.save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
+            "it in peft, if the initial adapter was saved before the training: model.save_pretrained(folder, "
+            f"path_initial_model_for_weight_conversion=initial_folder); otherwise {MERGE}"
         )
     if start not in KEEPS and not (isinstance(start, str) and start.lower() in KEEPS):
         raise HeaderError(
@@ -115,7 +121,8 @@ def _refuse_others(config: dict[str, Any]) -> None:
         )
     for name, what in REFUSED.items():
         if config.get(name) not in OFF:
-            raise HeaderError(f"it uses {name} ({what}), which lora_blip does not have; {MERGE}")
+            way_out = EMBEDDINGS if name == "trainable_token_indices" else MERGE
+            raise HeaderError(f"it uses {name} ({what}), which lora_blip does not have; {way_out}")
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise HeaderError(f"its bias is {quoted(bias)}, expected 'none', 'all' or 'lora_only'; copy it again")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_blip.lora import header
 from lora_blip.lora.header import HeaderError, sites_of, version_of
-from lora_blip.lora.peft_config import LARGEST, MERGE, MOST_NAMES, TASK_OF, PeftConfig, parse_config
+from lora_blip.lora.peft_config import EMBEDDINGS, LARGEST, MERGE, MOST_NAMES, TASK_OF, PeftConfig, parse_config
 from lora_blip.lora.peft_names import Key, canonical, parse_key
 from lora_blip.lora.sites import Site
 from lora_blip.runtime.runs import PEFT_CONFIG
@@ -23,6 +23,7 @@ from lora_blip.runtime.untrusted import open_regular, quoted
 
 DTYPES = ("F32", "F16", "BF16")
 OWN = "lora_blip"  # the entry of our header in the metadata of a safetensors
+OUTPUT_LAYER = "cls.predictions.decoder"  # of BLIP; it has the weight of the embeddings
 BOTH = "copy both files again from one folder"
 FOREIGN = "peft"  # key in the metadata of an adapter that peft wrote: the version of peft
 
@@ -60,7 +61,10 @@ def _keys(names: list[str], config: PeftConfig) -> dict[str, dict[str, str]]:
     for name in sorted(names):
         key = parse_key(name)
         if key is None or key.half not in halves:
-            raise HeaderError(f"it contains {quoted(name)}, {_described(name, key)}, which lora_blip does not compute; {MERGE}")
+            way_out = EMBEDDINGS if "lora_embedding" in name else MERGE
+            raise HeaderError(
+                f"it contains {quoted(name)}, {_described(name, key)}, which lora_blip does not compute; {way_out}"
+            )
         if key.half in modules.setdefault(key.module, {}):
             raise HeaderError(
                 f"it has two tensors for {quoted(key.module)}, {quoted(name)} is one; save each adapter on its own"
@@ -102,6 +106,10 @@ def _site(module: str, halves: dict[str, str], config: PeftConfig, file: Any) ->
             )
     r, alpha = int(config.ranks.of(module)), float(config.alphas.of(module))
     A, B = shapes["A"], shapes["B"]
+    if len(A) == len(B) == 4:
+        raise HeaderError(f"{quoted(module)} is a convolution, and lora_blip adapts only linear layers; {MERGE}")
+    if module.endswith(OUTPUT_LAYER):
+        raise HeaderError(f"{quoted(module)} is the output layer of BLIP; {EMBEDDINGS}")
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r or 0 in (*A, *B):
         raise HeaderError(
             f"the tensors of {quoted(module)} are {quoted(A)} and {quoted(B)}, but r is {r} in {PEFT_CONFIG}; {BOTH}"

@@ -80,7 +80,7 @@ def check_sites(adapter: Adapter, sites: list[Site]) -> None:
     if variants != {adapter.variant}:
         raise AdapterError(
             f"init_adapter: {adapter.path} has the variant {adapter.variant!r}, and this training has VARIANT = "
-            f"{min(variants)!r}; use that of the adapter: --variant {adapter.variant}"
+            f"{min(variants)!r}; use the values of the adapter: --variant {adapter.variant} {fitting_flags(adapter)}"
         )
     own = {site.address: site for site in adapter.sites}
     whole = {site.module for site in (*sites, *own.values()) if not site.block}

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -286,3 +288,14 @@ def test_the_command_prints_what_it_does_and_the_difference(folders, tmp_path, m
     assert "compared on 8 images: 8 of 8 texts are equal" in second and last.startswith("exported")
     with pytest.raises(ConfigError, match="output_dir is empty"):
         ExportConfig(adapter="latest")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_the_files_have_the_permissions_of_the_umask(folders, tmp_path):
+    """safetensors makes files that only their owner can read. A service often runs as another user."""
+    before = os.umask(0o027)
+    try:
+        folder = exported(folders["blip"][0], tmp_path / "out", shard_gb=0.0001)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}

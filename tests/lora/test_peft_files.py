@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_blip.errors import AdapterError
@@ -57,14 +58,15 @@ def test_halves_of_16_bits_become_float32(tmp_path, dtype):
     [
         ({"modules_to_save": ["cls"]}, r"uses modules_to_save.*merge_and_unload"),
         ({"lora_bias": True}, "uses lora_bias"),
-        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, r"uses trainable_token_indices .*train the adapter again without the embed"),
+        ({"modules_to_save": ["post_layernorm"]}, r"uses modules_to_save .*merge it into its base in peft"),
         ({"target_parameters": ["experts"]}, "uses target_parameters"),
         ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
         ({"from_the_future": {"a": 1}}, r"uses 'from_the_future'.*effect is unknown"),
         ({"peft_type": "IA3"}, r"peft_type is 'IA3', and lora_blip reads LORA"),
         ({"peft_type": None}, "peft_type is None"),
-        ({"init_lora_weights": "pissa_niter_4"}, r"changed base.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"changed base.*path_initial_model_for_weight_conversion.*otherwise merge it"),
         ({"init_lora_weights": "olora"}, "changed base"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "changed base"),
         ({"init_lora_weights": "a_new_one"}, "unknown here"),
@@ -101,7 +103,10 @@ def test_starts_that_keep_the_base_are_read(tmp_path, start):
     ("name", "message"),
     [
         (f"base_model.model.{QKV}.bias", "a trained bias"),
-        ("base_model.model.embed.lora_embedding_A", "an embedding"),
+        (
+            "base_model.model.embed.lora_embedding_A",
+            "an embedding.*no way out for BLIP and OPT: it would change the output",
+        ),
         (f"base_model.model.{QKV}.lora_magnitude_vector", "use_dora is false"),
         ("base_model.model.classifier.weight", "no part of LoRA"),
         (f"base_model.model.{QKV}.lora_A.other.weight", "two tensors"),
@@ -112,6 +117,41 @@ def test_other_tensors_are_refused_by_name(tmp_path, name, message):
     tensors = load_file(write(tmp_path) / runs.PEFT_WEIGHTS) | {name: torch.zeros(4, WIDTH)}
     with pytest.raises(AdapterError, match=message):
         read(write(tmp_path, {}, tensors))
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes", "message"),
+    [
+        (
+            "vision_model.embeddings.patch_embedding",
+            ((4, 3, 8, 8), (32, 4, 1, 1)),
+            "is a convolution.*merge it into its base",
+        ),
+        ("text_decoder.cls.predictions.decoder", ((4, 32), (90, 4)), "is the output layer of BLIP; train the adapter again"),
+    ],
+)
+def test_modules_that_are_not_adapted_here_are_refused_with_the_way_out(tmp_path, module, shapes, message):
+    """Before, the advice about a convolution was to copy the files again, and an output layer failed when it was loaded."""
+    names = [f"base_model.model.{module}.lora_{half}.weight" for half in "AB"]
+    tensors = dict(zip(names, map(torch.zeros, shapes), strict=True))
+    with pytest.raises(AdapterError, match=message):
+        read(write(tmp_path, {"target_modules": [module.rpartition(".")[2]]}, tensors))
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt"])
+def test_a_merge_in_peft_of_adapted_embeddings_changes_the_output_layer_too(make, kind):
+    """That is why the advice is not to merge: the merged model computes other logits. A merge of a linear is exact."""
+    ids = torch.tensor([[3, 5, 7, 9]])
+    differences = []
+    for target in ("word_embeddings" if kind == "blip" else "embed_tokens", "query" if kind == "blip" else "q_proj"):
+        backbone = make(kind)
+        text = backbone.model.text_decoder if kind == "blip" else backbone.model.language_model
+        model = get_peft_model(text, LoraConfig(r=4, target_modules=[target], init_lora_weights=False)).eval()
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+            after = model.merge_and_unload()(input_ids=ids).logits
+        differences.append(float((after - before).abs().max() / before.abs().max()))
+    assert differences[0] > 1e-2 and differences[1] < 1e-5
 
 
 def test_a_folder_with_only_a_bin_file_is_refused_with_the_reason(tmp_path):
