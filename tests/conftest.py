@@ -3,11 +3,13 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora_blip_tests_")  # the record of verified fast paths
 os.environ["MPLCONFIGDIR"] = os.environ.get("MPLCONFIGDIR") or os.path.expanduser("~/.cache/matplotlib")  # noqa: PTH111
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"  # noqa: PTH120 — as in a venv
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's SVD; many threads are slow beside other workers
 

@@ -13,6 +13,7 @@ from PIL import Image
 from lora_blip import cli
 from lora_blip.cli import COMMANDS, main
 from lora_blip.flags import parse
+from lora_blip.runtime import command_line
 from lora_blip.runtime.similar_names import FLAGS, OTHER_NAMES
 from lora_blip.version import __version__
 
@@ -349,3 +350,27 @@ def test_no_module_needs_what_only_posix_has():
     )
     done = process(code)
     assert done.returncode == 0 and "usage: lora-blip" in done.stdout, done.stderr[-800:]
+
+
+def test_printed_commands_start_a_program_that_the_shell_finds(tmp_path, monkeypatch):
+    """`make demo` calls .venv/bin/python without changing PATH. Before, its next command began with python."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / ".venv/bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "lora-blip"):
+        (folder / name).touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(folder / "python"))
+    elsewhere = os.environ["PATH"]
+    for paths, found in ((elsewhere, False), (f"{folder}{os.pathsep}{elsewhere}", True)):
+        monkeypatch.setenv("PATH", paths)
+        start = "" if found else ".venv/bin/"
+        for started, words in (
+            ("train.py", [f"{start}python", "train.py"]), (str(folder / "lora-blip"), [f"{start}lora-blip"]),
+            ("x/lora_blip/__main__.py", [f"{start}python", "-m", "lora_blip"]), ("lora-blip", ["lora-blip"]),
+        ):  # fmt: skip
+            monkeypatch.setattr("sys.argv", [started])
+            assert command_line.program() == words
+        monkeypatch.setattr("sys.argv", ["infer.py"])
+        assert command_line.lora_blip_program() == [f"{start}python", "-m", "lora_blip"]
+    monkeypatch.setattr("sys.argv", ["gunicorn"])
+    assert command_line.program() == [] and command_line.lora_blip_program() == ["lora-blip"]

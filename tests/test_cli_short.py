@@ -155,9 +155,14 @@ def test_the_newest_run_of_the_wanted_task_is_named(checkpoints, here, monkeypat
         os.utime(adapter, (time.time() - 100 * age,) * 2)
     newest = '"latest" is lora_blip_output/2_vqa, which answers questions'
     other = "The newest run that captions images: --adapter 'lora_blip_output/1 captions'"
-    for command in (("caption", "photos/0.png"), ("infer", "--images", "photos"), ("caption", "photos/0.png", "--explain")):
-        status, _, errors = run(monkeypatch, capsys, *command, "--device", "cpu")
-        assert status == 2 and f". {newest}. {other}\n" in errors, command
+    status, _, errors = run(monkeypatch, capsys, "infer", "--images", "photos", "--device", "cpu")
+    assert status == 2 and f". {newest}. {other}\n" in errors
+    for command in (("caption", "photos/0.png"), ("caption", "photos/0.png", "--explain"), ("ask", "photos/0.png", QUESTION)):
+        status, _, errors = run(monkeypatch, capsys, *command, "--device", "cpu")  # the newest run of the command's task
+        name = "2_vqa" if command[0] == "ask" else "1 captions"
+        assert status == 0 and f"lora_blip_output/{name}/adapter.safetensors (3 steps), base" in errors, command
+    assert lora_blip.Captioner.from_adapter("latest", task="caption", device="cpu")("photos/0.png").text
+    assert lora_blip.Captioner.from_adapter("latest", device="cpu").task == "vqa"  # without a task, the newest of all
     Path("captions.jsonl").write_text('{"image": "photos/0.png", "text": "a cube"}\n')
     errors = run(monkeypatch, capsys, "evaluate", "--references", "captions.jsonl", "--device", "cpu")[2]
     assert "no question: the task is vqa" in errors and f". {newest}. {other}\n" in errors

@@ -46,8 +46,12 @@ class Sample(NamedTuple):
 
     def shown(self, width: int) -> str:
         """Return the sample as one line of at most `width` characters. A long path keeps its end, and a long text its start."""
-        texts = (self.question, " | ".join(dict.fromkeys(self.answers))) if self.question else (self.text,)
-        image, text = printable(self.image), printable(" → ".join(texts))
+        image, text = printable(self.image), printable(self.text)
+        if self.question:
+            question, answers = printable(self.question), printable(" | ".join(dict.fromkeys(self.answers)))
+            room = max(width // 4, width // 2 - len(answers))  # a long question is cut, so that the answers are shown
+            question = question if len(question) <= room else f"{question[: room - 1]}…"
+            text = f"{question} → {answers}"
         longest = max(width // 2, width - len(text) - 3)
         image = image if len(image) <= longest else f"…{image[1 - longest :]}"
         line = f"{image} → {text}"

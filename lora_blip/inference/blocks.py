@@ -17,7 +17,7 @@ from lora_blip.inference.finished import key_of
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import RANKING_LENGTH, Prediction, format_prediction
 from lora_blip.runtime import signals
-from lora_blip.runtime.counts import counted
+from lora_blip.runtime.counts import counted, plural
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.limits import is_lost_peer
 from lora_blip.runtime.progress import ProgressMeter
@@ -133,8 +133,10 @@ def _truncated(result: Prediction | ImageError) -> Prediction | ImageError:
 class ProgressDisplay(ProgressMeter):
     """Print the progress and the first SHOWN predictions, on the main rank only."""
 
-    def __init__(self, name: str, count: int, out: Output | None, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(name, count, "image", out.lines if out else 0, is_shown=out is not None, clock=clock)
+    def __init__(
+        self, name: str, count: int, out: Output | None, unit: str = "image", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(name, count, unit, out.lines if out else 0, is_shown=out is not None, clock=clock)
         self.out, self.shown = out, 0
 
     def count_results(self, results: Results) -> None:
@@ -142,9 +144,9 @@ class ProgressDisplay(ProgressMeter):
         self.update(len(results))
 
     def speed_line(self) -> str:
-        """Return a line with the number of images, the time and the speed; "" if this run predicted no image."""
+        """Return a line with the number of images or questions, the time and the speed; "" if this run predicted none."""
         done = self.done - self.before
-        return f"{counted(done, 'image')} in {self.seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
+        return f"{counted(done, self.unit)} in {self.seconds:,.1f} s, {self.speed:,.1f} {plural(self.unit)}/s\n" if done else ""
 
     def show(self, results: Results, base: dict[int, str]) -> None:
         """Count the results. Print them if fewer than SHOWN were printed before. base: the texts of the base by `key_of`."""

@@ -94,7 +94,7 @@ class Captioner:
     ) -> "Captioner":
         """Open an adapter with its base.
 
-        adapter: a run folder, a file, a folder of peft, a hub name, "latest" for the newest run in lora_blip_output, or None.
+        adapter: a run folder, a file, a folder of peft, a hub name, "latest" for the newest run (of `task`), or None.
         scale: factor of the change that the adapter makes; 1: as trained, 0: the base.
         base: None or "" for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a
         model of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and
@@ -114,7 +114,7 @@ class Captioner:
         is_name = isinstance(base, str | Path)
         if not isinstance(generation, Mapping | None):
             raise InputError(f'generation is {generation!r}; give a dict, such as generation={{"num_beams": 3}}')
-        content = given_adapter(adapter, scale)
+        content = given_adapter(adapter, scale, task)
         config = InferConfig(
             model=str(base) if is_name else "loaded", adapter="latest" if content else "none", device=device,
             precision=precision, batch_size=batch_size, task=task, scale=scale, prompt=prompt, max_new_tokens=max_new_tokens,

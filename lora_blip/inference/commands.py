@@ -49,7 +49,7 @@ class ModelConfig:
 
     task: ClassVar[str] = "caption"
 
-    adapter: str = setting("latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone')
+    adapter: str = setting("latest", 'an adapter file or a run folder; "latest": the newest that fits; "none": the base alone')
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
     scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
@@ -228,7 +228,7 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
     from lora_blip.inference.captioner import Captioner
     from lora_blip.inference.setup import read_adapter
 
-    adapter = None if config.adapter in ("", "none") else read_adapter(config.adapter)
+    adapter = None if config.adapter in ("", "none") else read_adapter(config.adapter, task or "auto")
     setting = task_setting(adapter, task)
     captioner = Captioner.from_adapter(adapter, scale=config.scale, base=config.model, device=config.device, task=setting)
     announce(captioner.adapter, captioner.backbone)

@@ -13,7 +13,7 @@ from lora_blip.inference.commands import ModelConfig, announce, require_task, ta
 from lora_blip.inference.explanation import explained, require_few, write_explanation
 from lora_blip.inference.finished import key_of
 from lora_blip.inference.prediction import Prediction
-from lora_blip.inference.setup import apply_adapter, open_task, read_optional_adapter, work_of
+from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, work_of
 from lora_blip.reports.explanation import TextView
 from lora_blip.runtime import runs
 from lora_blip.runtime.extras import attempt
@@ -28,7 +28,8 @@ def predict_and_explain(config: ModelConfig, images: list[str], question: str = 
     """
     examples = [example_of(image, plain(question)) for image in images]
     require_few(examples)
-    adapter = read_optional_adapter(config.adapter, config.scale)
+    name = None if config.adapter in ("", "none") else config.adapter
+    adapter = given_adapter(name, config.scale, config.task)
     setting = task_setting(adapter, config.task)
     settings = InferConfig(
         adapter=config.adapter if adapter else "none", model=config.model, device=config.device, task=setting

@@ -12,7 +12,7 @@ from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.errors import AdapterError, ConfigError, ImageError, MissingBaseError
 from lora_blip.inference import output
-from lora_blip.inference.other_runs import advice
+from lora_blip.inference.other_runs import advice, newest_of_task
 from lora_blip.inference.questions import (
     OtherTaskError,
     WithPrompts,
@@ -115,19 +115,20 @@ def read_optional_adapter(name: str, scale: float = 1.0, folder: str | Path = ru
     return None if name in ("", "none") else replace(adapter_file.read(runs.locate(name, folder)), scale=scale)
 
 
-def given_adapter(adapter: str | Path | Adapter | None, scale: float) -> Adapter | None:
+def given_adapter(adapter: str | Path | Adapter | None, scale: float, task: str) -> Adapter | None:
     """Return the adapter that a caller of the API gives, with its scale. Raise AdapterError if there is none at a path."""
-    content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
+    content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter, task)
     return content and replace(content, scale=content.scale * check_scale(scale))
 
 
-def read_adapter(adapter: str | Path) -> Adapter:
-    """Return the adapter at a path, or of the newest run for "latest".
+def read_adapter(adapter: str | Path, task: str = "auto") -> Adapter:
+    """Return the adapter at a path. "latest" is the newest run of the task, or without such a run the newest of all.
 
     Raise AdapterError if there is none. If the path looks like a base, the message gives the call that loads a base.
     """
     try:
-        return adapter_file.read(runs.locate(adapter))
+        of_task = newest_of_task(task) if adapter == "latest" and task != "auto" else ""
+        return adapter_file.read(runs.locate(of_task or adapter))
     except AdapterError as error:
         if not isinstance(adapter, str | Path) or is_too_long(str(adapter)):
             raise

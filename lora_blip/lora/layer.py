@@ -95,7 +95,7 @@ class AdapterStack(nn.ModuleDict):
 
     @property
     def unmerged(self) -> list[str]:
-        """Return the names of the adapters in `state_dict`. Those that are merged, or of a `Captioner`, are left out."""
+        """Return the names of the adapters in `state_dict`: all but the merged ones and those of a `Captioner`."""
         return [name_of(key) for key in self if not self.is_left_out(key)]
 
     def is_left_out(self, key: str) -> bool:

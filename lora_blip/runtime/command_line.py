@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import open_regular, printable
+from lora_blip.runtime.user_paths import relative_if_below
 
 KEY_FLAGS = re.compile(r"""--(image|text|question|answer)-key ("[^"]*"|'(?:[^']|'"'"')*'|[^\s'"]+)""")
 SCRIPTS = ("train.py", "infer.py")
@@ -20,10 +22,22 @@ def program() -> list[str]:
     """Return the words that start this program: `python train.py` or `lora-blip`; [] if it is another program."""
     path = Path(sys.argv[0])
     if path.name in SCRIPTS:
-        return ["python", str(path)]
+        return [python(), str(path)]
     if path.parts[-2:] == ("lora_blip", "__main__.py"):
-        return ["python", "-m", "lora_blip"]
-    return ["lora-blip"] if path.stem == "lora-blip" else []
+        return [python(), "-m", "lora_blip"]
+    return [_named("lora-blip", path)] if path.stem == "lora-blip" else []
+
+
+def python() -> str:
+    """Return "python" if a shell finds this interpreter by that name, or else its path."""
+    return _named("python", Path(sys.executable))
+
+
+def _named(name: str, file: Path) -> str:
+    """Return the name of a program if PATH leads to the folder of its file, or if the file has no folder. Else its path."""
+    found = shutil.which(name)
+    in_path = found and Path(found).absolute().parent == file.absolute().parent
+    return name if in_path or file.parent == Path() else relative_if_below(file.absolute())
 
 
 def key_settings(message: str) -> str:
@@ -55,7 +69,8 @@ def start_of_command(usual: str) -> list[str]:
 
 def lora_blip_program() -> list[str]:
     """Return the words that start a command of lora_blip. If a script runs, `lora-blip` may not be in its PATH."""
-    return ["python", "-m", "lora_blip"] if Path(sys.argv[0]).suffix == ".py" else ["lora-blip"]
+    is_script = Path(sys.argv[0]).suffix == ".py"
+    return [python(), "-m", "lora_blip"] if is_script else program() or ["lora-blip"]
 
 
 def this_command(without: Sequence[str] = (), added: Sequence[str] = ()) -> str:

@@ -35,6 +35,8 @@ def missing_annotations(source: str | Path, setting: str = "annotations") -> Dat
     named = f"annotations {str(source)!r} do not exist{_searched(source)}"
     if setting != "annotations":
         named = f"{setting} = {str(source)!r} (--{setting.replace('_', '-')}): the annotations do not exist{_searched(source)}"
+        if setting == "references":
+            return DataError(f"{named}; {suggestion(source)}give a file in the format of the training data, with other images")
     return DataError(f"{named}; {suggestion(source)}{ANNOTATIONS}")
 
 

@@ -150,7 +150,8 @@ class BaseTask(ABC):
         Add a line if the tokenizer removes accents.
         """
         lines = ((example.line, self.all_texts(example)) for example in examples)
-        accents = lost_accents(self.backbone.tokenizer, (example.words for example in examples))
+        texts = (" ".join(each.answers) if each.question else each.words for each in examples)  # no question is generated
+        accents = lost_accents(self.backbone.tokenizer, texts)
         return "\n".join(filter(None, [self.prompt_warning, printable(accents), self.checker.unknown.report(lines)]))
 
 

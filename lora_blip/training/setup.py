@@ -238,7 +238,7 @@ def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> 
         if Path(config.val_annotations).resolve() == Path(config.annotations).resolve():
             fix = 'Both files are the same: set VAL_ANNOTATIONS = "" (--val-annotations "") to hold out images at random'
     elif not lines.drawn:
-        fix = f"Remove them from the training images of {config.annotations}"
+        fix = f"Remove the training images that they resemble from {config.annotations}"
     else:
         group = grouping_of([FILE(example) for example in (*lines.training, *lines.validation)])
         name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'

@@ -18,7 +18,7 @@ from lora_blip.data.formats import NO_KEYS
 from lora_blip.errors import DataError
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
-from lora_blip.runtime.command_line import lora_blip_program
+from lora_blip.runtime.command_line import lora_blip_program, python
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import parsed, printable
@@ -31,6 +31,7 @@ TRAINING_IMAGES = "image_train"  # the images of the default ANNOTATIONS of trai
 REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retrieval": "sentences.jsonl"}  # in image_test
 READING = ("image_root", "on_bad_data", "image_key", "text_key", "question_key", "answer_key")  # settings that evaluate has too
 ROOT = "--image-root"
+FRACTIONS = ("exact_match", "vqa_accuracy", "recall_at_1")  # scores whose largest value is 1
 TABLES = (".csv", ".tsv")  # text files whose header is read
 FIRST_LINES = 200  # lines of a file that are searched for training images
 WRITTEN_PATH = re.compile(r"[^\",;\t|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif|heic)(?=[\",;\t|]|$)", re.IGNORECASE)
@@ -51,12 +52,14 @@ def score_line(folder: Path, best: Best, start: str = "base", images: int = 2) -
     if not best.step:
         return f"{line}and no later validation was better: the adapter does not improve on the {start}"
     line += f"best adapter {score_value(best.by, value)}, after step {best.step}: {printable(folder / BEST_NAME)}"
+    if best.by in FRACTIONS and base is not None and min(value, base) >= 1:
+        return f"{line}\nthe {start} already has the best possible {score_name(best.by)}, so this step was chosen by its loss"
     if best.by != "loss" and base is not None and value <= base:
         seldom = 'Long captions are seldom equal to a reference: for them, set BEST_BY = "cider" (--best-by cider). '
         seldom *= best.by == "exact_match" and images > 1  # CIDEr of one image is 0
         line += (
             f"\nwarning: no step has a better {score_name(best.by)} than the {start}, so this step was chosen by its loss. "
-            f"{seldom}If the validation images are a class of their own, hold out others; "
+            f"{seldom}If all validation images are of one class, hold out images of each class; "
             f"the last weights are in {ADAPTER_NAME}"
         )
     return line
@@ -218,7 +221,7 @@ def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     """
     script = Path(sys.argv[0])
     is_script = script.name == "train.py" and script.with_name("infer.py").is_file()
-    command = ["python", str(script.with_name("infer.py"))] if is_script else [*lora_blip_program(), "infer"]
+    command = [python(), str(script.with_name("infer.py"))] if is_script else [*lora_blip_program(), "infer"]
     command += adapter_flag(folder)
     images, default = [relative_if_below(each.image.parent) for each in examples[:1]], Path(DEFAULT_IMAGES)
     default = script.with_name(DEFAULT_IMAGES) if is_script else default

@@ -156,3 +156,9 @@ def test_the_folder_of_the_images_is_relative_if_it_is_below_the_current_one(fol
     (folder / "x.csv").write_text("image,caption\n1.png,a\n")
     annotations.read("x.csv", folder)
     assert "images in .\n" in capsys.readouterr().out
+
+
+def test_the_answer_of_a_long_question_is_shown():
+    """Before, the line was cut at its end, so a short answer was hidden by its question."""
+    line = Sample("1.jpg", "", "what color is the cube that is on top of the other one?", ("blue", "blue", "navy")).shown(60)
+    assert line.endswith("… → blue | navy") and len(line) <= 60

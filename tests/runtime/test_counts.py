@@ -40,7 +40,7 @@ SEVERAL = {  # the number is never 1, or the noun is not counted, or the error c
     "data/annotations.py: len(problems) lines", "data/chats.py: len(images) images", "data/conversions.py: len(images) images",
     "data/disk_cache.py: value.nbytes bytes", "data/prepare/parquet_reader.py: len(value) images",
     "data/prepare/sources.py: flag captions", "data/prepare/sources.py: flag questions", "data/shards.py: self.size bytes",
-    "inference/blocks.py: self.speed images", "inference/arguments.py: kind answers",
+    "inference/arguments.py: kind answers",
     "inspection/command.py: len(self.adapters) adapters", "lora/header.py: claimed bytes",
     "lora/peft_config.py: len(pattern) entries", "lora/peft_format.py: len(modules) linears",
     "lora/spectrum.py: second.shape[-1] columns", "metrics/bootstrap.py: first.shape images",

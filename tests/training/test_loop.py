@@ -43,6 +43,7 @@ from tests.support import tiny
 from tests.support.models import WHOLE, batch_of, inject
 from tests.support.runs import before_each_step, metrics_of, one_step, score, settings
 
+LORA_BLIP = str(Path(sys.executable).with_name("lora-blip"))  # its folder is in PATH
 UNEVEN = ["a", "a red cube", "nothing", "a blue cube on top of a green cube", "two cubes"]
 
 
@@ -434,7 +435,7 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
 
 @pytest.mark.parametrize(
     ("program", "start"),
-    [("x/lora-blip", "lora-blip"), ("train_mine.py", "python -m lora_blip"), ("lora_blip/__main__.py", "python -m lora_blip")],
+    [(LORA_BLIP, "lora-blip"), ("train_mine.py", "python -m lora_blip"), ("lora_blip/__main__.py", "python -m lora_blip")],
 )
 def test_a_copy_of_train_py_prints_commands_that_need_no_path(tmp_path, monkeypatch, program, start):
     monkeypatch.setattr("sys.argv", [program])
@@ -465,6 +466,18 @@ def test_few_drawn_validation_images_name_the_validation_file_beside_the_annotat
     (tmp_path / "val.csv").touch()
     assert drawn(str(tmp_path / "train.csv")).endswith(f"is for validation: --val-annotations {tmp_path / 'val.csv'}")
     assert "hold out more: VAL_FRACTION" in drawn(str(tmp_path / "val.csv"))
+
+
+def test_a_start_with_the_best_possible_score_gets_no_warning(tmp_path):
+    """No step can be better. Before, the advice was to choose another score or other images."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_exact_match": 1.0, "val_cider": 1.2}\n')
+    for by, value, expected in (
+        ("exact_match", 1.0, "already has the best possible exact match"),
+        ("cider", 1.2, "warning: no"),
+    ):
+        best = Best(by, step=4, rank=(value, -1.0))
+        line = summary.score_line(tmp_path, best, "initial adapter")
+        assert expected in line and ("warning" in line) == (by == "cider")
 
 
 def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, monkeypatch):
@@ -632,7 +645,7 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch,
     run.learner = SimpleNamespace(progress=Progress(total=9))
     run.bar = SimpleNamespace(close=lambda: None)
     for argv, end in (
-        (["x/lora-blip", "train", "--resume", "old", "--lr=1"], f"to resume: lora-blip train --lr=1 --resume '{run.folder}'"),
+        ([LORA_BLIP, "train", "--resume", "old", "--lr=1"], f"to resume: lora-blip train --lr=1 --resume '{run.folder}'"),
         (["service.py"], "start again with the same settings to resume"),
     ):
         monkeypatch.setattr("sys.argv", argv)

@@ -20,7 +20,7 @@ from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.runtime.command_line import is_our_script, program
+from lora_blip.runtime.command_line import is_our_script, program, python
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
@@ -290,7 +290,7 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
     words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
     words += ["--task", "vqa"] * (data.kind == "questions")
     if rows["train"]:
-        start = ["python", "train.py"] if is_our_script("train.py") else [*(program() or ["lora-blip"]), "train"]
+        start = [python(), "train.py"] if is_our_script("train.py") else [*(program() or ["lora-blip"]), "train"]
         print("the images were found, but not decoded; training decodes all of them before its first step")
         print(printable(f"next: {command_line([*start, *words])}"))
 
