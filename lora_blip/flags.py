@@ -57,6 +57,8 @@ def parse(
 
     def checked(words: list[str]) -> str:
         """Return the command with these words, or "" if it is not valid."""
+        if {"-h", "--help"} & {*words}:  # it would be printed
+            return ""
         try:
             flags = _parser(known, values, doc, program).parse_intermixed_args(words) if words else None
             kind(**(_resolve_paths(script, kind, dict(values)) | vars(flags)))
@@ -93,7 +95,8 @@ def _example(message: str, known: list[Field[Any]], command: str, given: list[st
     entry = next((each for each in known if each.name == name and each.default not in ("", {}, MISSING)), None)
     if entry and f"{_flag(name)} " not in command:
         value = str(entry.default).lower() if entry.type is bool else str(entry.default)
-        wrong = next((given[at + 1] for at, word in enumerate(given[:-1]) if word == _flag(name)), "")
+        separate = [word for each in given for word in (each.split("=", 1) if each.startswith(f"{_flag(name)}=") else [each])]
+        wrong = next((separate[at + 1] for at, word in enumerate(separate[:-1]) if word == _flag(name)), "")
         named = ONE_OF.search(message)
         choices = named[1].split(", ") if named else list(map(str, get_args(entry.type)))
         value = nearest(wrong, choices) or value

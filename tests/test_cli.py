@@ -374,3 +374,15 @@ def test_printed_commands_start_a_program_that_the_shell_finds(tmp_path, monkeyp
         assert command_line.lora_blip_program() == [f"{start}python", "-m", "lora_blip"]
     monkeypatch.setattr("sys.argv", ["gunicorn"])
     assert command_line.program() == [] and command_line.lora_blip_program() == ["lora-blip"]
+
+
+def test_the_command_of_prepare_resets_the_settings_of_train_py_that_change_how_data_are_read(tmp_path, monkeypatch):
+    """The files of `prepare` have the usual keys and their own folder. Before, IMAGE_ROOT of train.py led to other photos."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lora-blip"])
+    assert command_line.training_command(["--annotations", "a"]) == ["lora-blip", "train", "--annotations", "a"]
+    (tmp_path / "train.py").write_text(
+        'import lora_blip\nIMAGE_ROOT = \'my/photos\'  # x\nIMAGE_KEY = ""\nTEXT_KEY = r"was"\n# ANSWER_KEY = "a"\n'
+    )
+    words = ["python", "train.py", "--annotations", "a", "--image-root", "", "--text-key", ""]
+    assert command_line.training_command(["--annotations", "a"]) == words

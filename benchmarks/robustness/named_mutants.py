@@ -67,7 +67,7 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "a changed run counts steps, not images", "resume",
-        [("learner.progress.group * images[0] // images[1]", "learner.progress.group")],
+        [("progress.group * images[0] // images[1]", "progress.group")],
     ),
     (
         "the dropout is not written into the file", "adapter_file",

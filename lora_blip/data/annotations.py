@@ -31,7 +31,7 @@ from lora_blip.data.summary import LISTED, ReadLines, listing, one_problem
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import long_path_advice
-from lora_blip.runtime.untrusted import os_error_reason, printable, quoted
+from lora_blip.runtime.untrusted import os_error_reason, printable, printable_lines, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
@@ -89,7 +89,7 @@ def read(
     report: called with each message, such as the one about ignored keys, and at the end with a table of what was read.
     on_decoded: called with each image file and its decoded image, from several threads.
     keys: the names of the columns or keys, if they are not common names. splits: a dict to which valid lines are added by split
-    (train, val, test), if they have one. only: if the data have several splits, read only the first of these that they have.
+    (train, val, test), if they have one. only: names of splits, best first. Of data with several splits, only one is read.
     groups: collects the group of each image file. setting: the name of the setting, for messages.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
@@ -99,14 +99,13 @@ def read(
     notes: list[Callable[[], list[str]]] = []  # each returns texts about a file, for the table
     with many_objects():
         parts = list(_parts(source, image_root, keys, groups, setting, splits is not None or bool(only), report))
-        for builder, parsed, describe in of_one_split(source, parts, only, report) if only else parts:
-            path = Path(builder.source)
-            parsed = trimmed(path, parsed, trim, report) if trim else parsed
+        for builder, parsed, describe in of_one_split(source, parts, only, report) if splits is not None or only else parts:
+            parsed = trimmed(builder.source, parsed, trim, report) if trim else parsed
             broken = _find_moved(parsed, builder, decode, find_all, report)
             if decode:
                 files = {example.file for example in parsed if isinstance(example, Example)} - broken.keys()
                 broken |= undecodable(files, on_decoded, report)
-            valid, invalid = _checked(path, parsed, broken, check, pretokenize)
+            valid, invalid = _checked(Path(builder.source), parsed, broken, check, pretokenize)
             _collect(valid, builder, splits, groups, report)
             notes.append(partial(describe, len(parsed), builder.root))
             valid_lines, problems = (valid_lines + valid if valid_lines else valid), problems + invalid
@@ -215,7 +214,7 @@ def _parsed(
     except OSError as error:
         raise DataError(f"annotations {str(source)!r} cannot be read ({os_error_reason(error)}); {ANNOTATIONS}") from None
     if builder.ignored:
-        report(printable(f"{source}: these keys are ignored: {_describe_ignored(builder.ignored)}"))
+        report(printable_lines(f"{source}: these keys are ignored: {_describe_ignored(builder)}"))
     return parsed
 
 
@@ -257,13 +256,13 @@ def trimmed(
     return result
 
 
-def _describe_ignored(keys: dict[str, tuple[int, Location, str]]) -> str:
+def _describe_ignored(builder: ExampleBuilder) -> str:
     """Return the ignored keys as one text: each with its lines, the first one, and the key that it may misspell."""
     some = [
         f"{quoted(key)} ({counted(count, 'line')}, first line {first}{f'; did you mean {typo}?' if typo else ''})"
-        for key, (count, first, typo) in sorted(keys.items(), key=lambda item: not item[1][2])
+        for key, (count, first, typo) in sorted(builder.ignored.items(), key=lambda item: not item[1][2])
     ]
-    return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
+    return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED)) + builder.split_warning()
 
 
 def _checked(

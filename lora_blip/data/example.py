@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -20,9 +21,11 @@ from lora_blip.data.entries import (
     first_key,
     misspelled,
 )
-from lora_blip.runtime.untrusted import is_path
+from lora_blip.runtime.untrusted import is_path, quoted
 
 MOST_SHARED = 2**17  # largest number of different answers, groups and prompts that share memory
+PATH_PARTS = re.compile(r"[/\\]")
+MOST_SPLITS = 20  # largest number of unknown splits that are named
 MOST_KEYS = 1000  # largest number of unknown keys that are counted: an invalid file may have a new key in each line
 CAPTION = frozenset(("image", "text", "group", "prompt"))
 QUESTION = frozenset(("image", "question", "answers", "group", "prompt", "question_id"))
@@ -96,6 +99,8 @@ class ExampleBuilder:
         self.splits: dict[Location, str] = {}  # line or entry → its split: train, val or test
         self.group_entries: dict[Location, Entry] = {}  # line or entry → {the column that gives its group: its value}
         self.ignored: dict[str, tuple[int, Location, str]] = {}  # unused key → number of lines, first line, right key or ""
+        self.unknown_splits: set[str] = set()
+        self.like_splits: dict[str, set[str] | None] = {}  # unused key → its splits; None: a value is no name of a split
 
     def build(self, entry: Entry | str, number: Location) -> Example | tuple[Location, str]:
         """Return an Example, or (location, reason) for an invalid entry. If `entry` is a text, it is the reason."""
@@ -121,7 +126,7 @@ class ExampleBuilder:
         )  # fmt: skip
 
     def _count_ignored(self, entry: Entry, number: Location) -> None:
-        """Count the ignored keys of an entry, and its split if the name is unknown. Store a known split."""
+        """Count the ignored keys of an entry. Store its split, or count it as ignored if its name is unknown."""
         is_question = "question" in entry
         known_split = self._store_split(entry, number)
         used = {first_key(entry, IMAGE_KEYS), first_key(entry, ANSWER_KEYS if is_question else TEXT_KEYS), "group", "prompt"}
@@ -129,10 +134,41 @@ class ExampleBuilder:
         used |= self.group_entries.get(number, {}).keys()
         used |= {"question", "question_id"} if is_question else set()
         for key in (key for key in entry if key not in used):
-            name = f"split = {entry[key]}" if key == "split" and self.use_splits and entry[key] else key
+            name = self._name_of_ignored(key, entry[key]) if self.use_splits else key
+            if not name:
+                continue
             if name in self.ignored or len(self.ignored) < MOST_KEYS:
                 count, first, typo = self.ignored.get(name) or (0, number, typo_of_answer(key, entry))
                 self.ignored[name] = count + 1, first, typo
+
+    def _name_of_ignored(self, key: str, value: Any) -> str:
+        """Return the name of an ignored key for the report: with its value for an unknown split, "" for an empty split.
+
+        Store the splits that are the values of another key.
+        """
+        if key != "split":
+            split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
+            earlier = self.like_splits.get(key, set())
+            self.like_splits[key] = None if split is None or earlier is None else earlier | {split}
+            return key
+        if len(self.unknown_splits) < MOST_SPLITS:
+            self.unknown_splits.add(str(value))
+        return f"split = {value}" * bool(value) if str(value) in self.unknown_splits else key
+
+    def split_warning(self) -> str:
+        """Return a warning if no line has a split, and all values of an ignored key are splits, train and another. Else ""."""
+        like = (key for key, of in self.like_splits.items() if of and "train" in of and len(of) > 1)
+        key = "" if self.splits else next(like, "")
+        return f"\nwarning: the values of {quoted(key)} are splits, and are not used; rename it to split" * bool(key)
+
+    def splits_of_folders(self, lines: Lines) -> dict[Location, str]:
+        """Return the split of each line by the first folder of its image, or {} if an image is in another folder."""
+        splits = {
+            line.line: SPLITS.get(PATH_PARTS.split(line.name.removeprefix("./"), maxsplit=1)[0].lower(), "")
+            for line in lines
+            if isinstance(line, Example)
+        }
+        return splits if all(splits.values()) else {}
 
     def _store_split(self, entry: Entry, number: Location) -> bool:
         """Store the split of an entry. Return False if it has none, or if its name is unknown."""

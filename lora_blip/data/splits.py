@@ -59,9 +59,9 @@ def held_out_split(splits: Collection[str], names: Sequence[str] = ("test", "val
 
 
 def lines_without_split(examples: list[Example], lines_by_split: dict[str, list[Example]]) -> list[Example]:
-    """Return the lines without a known split, which are for training, if others are of val or test and none is of train.
+    """Return the lines without a known split. Return [] if there is a line of train, or if no line has a split.
 
-    Return [] if there is a line of train, or if no line has a split.
+    These lines are for training, because the other lines are of val or test.
     """
     if not lines_by_split or "train" in lines_by_split:
         return []
@@ -79,8 +79,10 @@ def one_split_used(source: object, split: str, count: int, total: int) -> str:
 def of_one_split(source: object, parts: list[Part], only: Sequence[str], report: Callable[[str], object]) -> list[Part]:
     """Return the parts with the lines of one split, if the data have several. Report how many lines are left out.
 
-    only: the names of the splits to choose from, best first. Invalid lines whose split is unknown are kept.
+    Without splits, use the first folders of the images. only: the names of the splits to choose from, best first. Invalid
+    lines whose split is unknown are kept.
     """
+    add_folder_splits(parts)
     lines = [(builder, line) for builder, parsed, _ in parts for line in parsed if isinstance(line, Example)] if only else []
     split = held_out_split({builder.splits.get(line.line, "") for builder, line in lines}, only)
     if not split:
@@ -88,3 +90,17 @@ def of_one_split(source: object, parts: list[Part], only: Sequence[str], report:
     kept = sum(builder.splits.get(line.line) == split for builder, line in lines)
     report(one_split_used(source, split, kept, len(lines)))
     return [(builder, builder.only(split, parsed), describe) for builder, parsed, describe in parts]
+
+
+def add_folder_splits(parts: list[Part]) -> None:
+    """Store the first folders of the images as splits if all lines of all files have one, and no line has another split.
+
+    One of the folders must be for training, and one for validation or a test.
+    """
+    if any(builder.splits or not builder.use_splits for builder, _, _ in parts):
+        return
+    found = [builder.splits_of_folders(parsed) for builder, parsed, _ in parts]
+    names = {split for splits in found for split in splits.values()}
+    if all(found) and "train" in names and len(names) > 1:
+        for (builder, _, _), splits in zip(parts, found, strict=True):
+            builder.splits.update(splits)

@@ -134,7 +134,7 @@ class ProgressDisplay(ProgressMeter):
     """Print the progress and the first SHOWN predictions, on the main rank only."""
 
     def __init__(
-        self, name: str, count: int, out: Output | None, unit: str = "image", clock: Callable[[], float] = time.monotonic
+        self, name: str, count: int, out: Output | None, clock: Callable[[], float] = time.monotonic, unit: str = "image"
     ) -> None:
         super().__init__(name, count, unit, out.lines if out else 0, is_shown=out is not None, clock=clock)
         self.out, self.shown = out, 0

@@ -35,8 +35,9 @@ ACCEPTED = (
 )
 SINGLE = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray, Tensor)
 CHANNELS = (1, 3, 4)
-ROUNDING = 0.5 / 255  # a float value this far outside 0 to 1 still rounds to a value from 0 to 255
-OVERSHOOT = 0.25  # how far outside 0 to 1 a resize or a filter moves values; normalized values are farther away
+ROUNDING = 0.5 / 255  # a float value this far outside 0 to 1 is a rounding error
+OVERSHOOT = 0.5  # how far outside 0 to 1 a resize or a filter moves values; normalized values are farther away
+BY_LARGEST = "divide it by its largest possible value: image / 4095 for 12 bits per value, image / 65535 for 16 bits"
 PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first use, and threads may share the image
 
 
@@ -136,13 +137,19 @@ def check_input(image: Any, name: str) -> str:
     if is_file(image):
         return name
     if not isinstance(image, SINGLE):
-        fix = "; give a list of its images: list(images.values())" if isinstance(image, Mapping) else ""
+        fix = "; give its image, or a list of its images: list(images.values())" if isinstance(image, Mapping) else ""
+        fix = '; give its image, image["image"]; of a list of rows: [row["image"] for row in images]' if is_row(image) else fix
         fix = "; give one list of images, without lists inside" if isinstance(image, list | tuple) else fix
         raise InputError(f"{name} is of type {type(image).__name__}; expected {ACCEPTED}{fix}")
     if isinstance(image, np.ndarray | Tensor):
         _check_shape(image, name)
         _check_values(image, name)
     return name
+
+
+def is_row(image: Any) -> bool:
+    """Return True for a row of a data set: a mapping with the key "image"."""
+    return isinstance(image, Mapping) and "image" in image
 
 
 def _check_shape(image: Any, name: str) -> None:
@@ -179,6 +186,11 @@ def _check_values(image: Any, name: str) -> None:
         fix = "clip it, " + ("image.clamp(0, 1)" if isinstance(image, Tensor) else "image.clip(0, 1)")
     elif smallest >= 0 and largest <= 255:
         fix = "divide it by 255"
+    elif smallest >= -OVERSHOOT * 255 and 1 + OVERSHOOT < largest <= (1 + OVERSHOOT) * 255 and largest > 16:
+        clipped = "image.clamp(0, 255)" if isinstance(image, Tensor) else "image.clip(0, 255)"
+        fix = f"clip it and divide it by 255, {clipped} / 255"
+    elif smallest >= 0:
+        fix = BY_LARGEST
     raise InputError(f"{name} has values from {smallest:.6g} to {largest:.6g}; a float image has values from 0 to 1: {fix}")
 
 
@@ -190,9 +202,7 @@ def _conversion(image: Any) -> str:
         return f"; give {to_bytes} * 255"
     if array.dtype.kind not in "iu" or array.min() < 0:
         return ""
-    if array.itemsize == 2 or array.max() > 255:  # the range of a type of two bytes, whatever the largest value is
-        return "; for 16 bits per value, give image / 65535"
-    return f"; give {to_bytes}"
+    return f"; {BY_LARGEST}" if array.max() > 255 else f"; give {to_bytes}"
 
 
 def decode(image: Any, name: str, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:
@@ -273,5 +283,5 @@ def _uint8_array(image: Any, name: str) -> Any:
     if image.dtype != np.uint8:
         if not np.isfinite(image).all():
             raise ImageError(f"{name} contains NaN or infinity; a float image has values from 0 to 1")
-        image = np.rint(image.astype(np.float32) * 255).astype(np.uint8)
+        image = np.rint(image.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)

@@ -1,6 +1,5 @@
 """Find the newest run of a task. Messages name it if a command needs another task than that of the adapter."""
 
-from contextlib import suppress
 from pathlib import Path
 
 from lora_blip.errors import LoraBlipError
@@ -10,14 +9,20 @@ from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import runs
 from lora_blip.runtime.system_errors import quoted_for_shell
 
-SEARCHED = 20  # largest number of runs whose adapters are read
+SEARCHED = 100  # largest number of runs whose adapters are read
 
 
-def newest_of_task(task: str, folder: str | Path = runs.RUNS) -> str:
-    """Return the newest run in `folder` whose adapter has this task, or "" if the SEARCHED newest have none."""
+def newest_of_task(task: str, folder: str | Path = runs.RUNS, skip_unreadable: bool = True) -> str:
+    """Return the newest run in `folder` whose adapter has this task, or "" if the SEARCHED newest have none.
+
+    skip_unreadable: leave out runs that cannot be read. If False, return such a run, because it may be of this task.
+    """
     for run in runs.newest_runs(folder)[:SEARCHED]:
-        with suppress(LoraBlipError):
+        try:
             if adapter_file.read(runs.locate(run)).task.get("name") == task:
+                return str(run)
+        except LoraBlipError:
+            if not skip_unreadable:
                 return str(run)
     return ""
 

@@ -91,7 +91,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     base: dict[int, str] = {}
     cut = {"base": TextCount(), "texts": TextCount()}
     if config.compare and adapter:
-        with ProgressDisplay("base", count, out, unit) as display:
+        with ProgressDisplay("base", count, out, unit=unit) as display:
             scheduler.run(examples, Predictor(texts), partial(record_base_texts, base, display, cut["base"]))
     views: list[dict[int, TextView]] = []
     if config.explain and adapter and ranks.main:
@@ -101,7 +101,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         ranks.together(lambda: apply_adapter(task, adapter, config.merge, runner.precision))
         runner.reload_on_cpu = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
-    with ProgressDisplay(task.name, count, out, unit) as display:
+    with ProgressDisplay(task.name, count, out, unit=unit) as display:
         scheduler.run(examples, Predictor(texts), partial(write_results, out, base, display, cut["texts"]))
     if ranks.main:
         print(display.speed_line(), end="")

@@ -11,7 +11,6 @@ from lora_blip.data.example import Example
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.image_sources import ImageSource
-from lora_blip.data.splits import held_out_split, one_split_used
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
@@ -174,18 +173,13 @@ def read_references(
 ) -> dict[Path, list[Example]]:
     """Return {image: its lines in an annotations file}, without images that have no line. Raise DataError if none has a line.
 
-    If lines of several splits are about these images, the references are only those of test, or of val without a test.
-
     setting: the setting that gives the file, for messages. The memory grows with the file, not with the number of images.
     """
     if not source:
         return {}
     require_folder("image_root", root)
-    by_split: dict[str, list[Example]] = {}
     with phase(f"reading {source}"):
-        examples, _ = annotations.read(
-            source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting, splits=by_split
-        )
+        examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
     with phase(lambda: f"comparing the paths in {source} with the images: {counted(compared, 'image')}"):
@@ -195,25 +189,19 @@ def read_references(
             compared += 1
             if (path := image.image.resolve()) in in_file:
                 image_at[path] = image.image
-    lines = [example for example in examples if resolved[example.image] in image_at]
-    if not lines:
+    references: dict[Path, list[Example]] = {}
+    for example in examples:
+        if image_path := image_at.get(resolved[example.image]):
+            references.setdefault(image_path, []).append(replace(example, image=image_path))
+    if not references:
         raise DataError(
             f"{source} has no line for any of {counted(compared, 'image')}{of_setting(images)}. The first path in the file is "
             f"{examples[0].image.resolve()}; {_fix_of_paths(examples, images)}"
         )
-    if unused := len(examples) - len(lines):
-        print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
-    if setting == "references":
-        split_of = {id(example): name for name, of in by_split.items() for example in of}
-        if split := held_out_split({split_of.get(id(line), "") for line in lines}):
-            used = [line for line in lines if split_of.get(id(line)) == split]
-            print(one_split_used(source, split, len(used), len(lines)))
-            lines = used
-    references: dict[Path, list[Example]] = {}
-    for example in lines:
-        references.setdefault(image_path := image_at[resolved[example.image]], []).append(replace(example, image=image_path))
     if setting == "references" and (missing := compared - len(references)):
-        print(printable(f"no line of {source} is used for {missing:,} of {counted(compared, 'image')}: they have no score"))
+        print(printable(f"{source} has no line for {missing:,} of {counted(compared, 'image')}: they have no score"))
+    if unused := len(examples) - sum(map(len, references.values())):
+        print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
     return references
 
 

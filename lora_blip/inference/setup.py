@@ -127,7 +127,7 @@ def read_adapter(adapter: str | Path, task: str = "auto") -> Adapter:
     Raise AdapterError if there is none. If the path looks like a base, the message gives the call that loads a base.
     """
     try:
-        of_task = newest_of_task(task) if adapter == "latest" and task != "auto" else ""
+        of_task = newest_of_task(task, skip_unreadable=False) if adapter == "latest" and task != "auto" else ""
         return adapter_file.read(runs.locate(of_task or adapter))
     except AdapterError as error:
         if not isinstance(adapter, str | Path) or is_too_long(str(adapter)):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from lora_blip.errors import AdapterError
+from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora import attached, header, injection, peft_format
 from lora_blip.lora.adapter_tensors import check_keys, check_values, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
@@ -90,6 +90,14 @@ class Adapter:
 # ---------------------------------------------------------------- save
 
 
+def refuse_wrapper(model: nn.Module, module: str) -> None:
+    """Raise LoRAError if a model has no such module, because the adapter was put on a part of the model."""
+    if module not in dict(model.named_modules()):
+        parts = [f"model.{name}" for name, part in model.named_children() if module in dict(part.named_modules())]
+        inner = parts[0] if parts else "the part with the adapter"
+        raise LoRAError(f"the adapter is on a part of this {type(model).__name__}; give that part: {inner}")
+
+
 def save(
     path: str | Path,
     backbone: Loaded | nn.Module,
@@ -115,6 +123,7 @@ def save(
     if not loras:
         others = " or ".join(f"name={each!r}" for each in attached.names(model)) or "none"
         raise AdapterError(f"the model has no adapter {quoted(name)}; it has {others}")
+    refuse_wrapper(model, next(iter(loras.values())).site.module)
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
         if is_rescaled(lora):
@@ -226,8 +235,9 @@ def load(
     """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
     path: a file, a run folder, "latest", or a result of `read`. If the model has other adapters, their updates are added too;
-    `use_adapters` chooses. scale: factor of the change that the adapter makes; 1: as trained, 0: the base. A scaled adapter
-    cannot be saved. Raise AdapterError if the file is missing or damaged, or has another base. Raise LoRAError if the base is
+    `use_adapters` chooses. The parameters of the adapter can be trained.
+    scale: factor of the change that the adapter makes; 1: as trained, 0: the base. A scaled adapter cannot be saved.
+    Raise AdapterError if the file is missing or damaged, or has another base. Raise LoRAError if the base is
     on the meta device, or if a `Captioner` uses an adapter called `name`. The model is then unchanged.
     In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
 

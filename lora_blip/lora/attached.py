@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.adapter_tensors import names_of
@@ -47,10 +48,14 @@ class Loaded(Protocol):
 
 
 def model_of(model: nn.Module | Loaded, second: object = None, call: str = "") -> nn.Module:
-    """Return the model of a backbone, or the model itself. Raise LoRAError for anything else.
+    """Return the model of a backbone, the model inside DistributedDataParallel, or the model itself.
+
+    Raise LoRAError for anything else.
 
     second: the second argument of a public function, whose right call is `call`: users may have swapped the two.
     """
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        return model_of(model.module)
     if isinstance(model, nn.Module):
         return model
     if isinstance(model, Loaded):

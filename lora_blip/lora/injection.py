@@ -52,8 +52,9 @@ def inject(
 
     model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r, alpha and the variant.
     variant: "lora", "rslora" or "dora"; see docs/variants.md. Each LoRA has the parameters A (r, in_features) and B
-    (out_features, r), and a `DoRA` its magnitude (out_features,) too. Train the parameters whose `requires_grad` is true. B is
-    zero, so no output changes yet. A repeated call with the same sites changes only the dropout. In peft: `get_peft_model`, or
+    (out_features, r), and a `DoRA` its magnitude (out_features,) too. Train the parameters whose `requires_grad` is true.
+    Adapters that are already on the model stay trainable; to keep them, first call `model.requires_grad_(False)`. B is zero,
+    so no output changes yet. A repeated call with the same sites changes only the dropout. In peft: `get_peft_model`, or
     `inject_adapter_in_model`.
 
     Raise TargetError if a target matches nothing. Raise LoRAError, before anything is changed, if there is no site, or if

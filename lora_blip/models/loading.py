@@ -143,7 +143,8 @@ def as_backbone(model: Any, processor: Any) -> Backbone:
     kinds = tuple(kind for architectures in ARCHITECTURES.values() for kind in architectures)
     if not isinstance(model, kinds):
         names = ", ".join(kind.__name__ for kind in kinds)
-        fix = "base=model.merge_and_unload()" * hasattr(model, "merge_and_unload")  # a model of peft
+        of_peft = "base=model.unload() for the base alone, or base=model.merge_and_unload() with the adapter of peft in it"
+        fix = of_peft * hasattr(model, "merge_and_unload")
         for inner in ("_orig_mod", "module"):  # of torch.compile, and of DataParallel or DistributedDataParallel
             fix = f"base=model.{inner}" if isinstance(getattr(model, inner, None), kinds) else fix
         fix = fix or f"a name, a folder, or a model of one of the classes {names}"

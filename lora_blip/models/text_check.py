@@ -49,7 +49,9 @@ class TextChecker:
 
     def warning(self, text: str) -> str:
         """Return a line about the unknown tokens of a text, once for each text, or ""."""
-        return "" if self.bounds.has_no_unknown(text) else self.unknown.warning(text, self.ids(text))
+        if self.unknown.id is None or self.bounds.has_no_unknown(text):  # the bounds of a large tokenizer take a second
+            return ""
+        return self.unknown.warning(text, self.ids(text))
 
     def problem(self, text: str, room: int) -> str:
         """Return why a text cannot be used if the model has room for `room` tokens, or ""."""

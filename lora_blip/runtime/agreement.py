@@ -23,6 +23,8 @@ def changes(earlier: dict[str, Any], current: dict[str, Any]) -> list[str]:
 def _change(name: str, earlier: Any, current: Any) -> str:
     if name.endswith(DIGESTS):
         return f"{name} are not the same"
+    if name == "adapter" and "none" not in (earlier, current):
+        return "the adapter is not the same"
     if name == "init_adapter" and earlier and current:  # digests too
         return "init_adapter has other weights"
     return f"{name} was {_shown(name, earlier)} and is {_shown(name, current)}"

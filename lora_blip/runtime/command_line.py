@@ -15,6 +15,7 @@ from lora_blip.runtime.user_paths import relative_if_below
 
 KEY_FLAGS = re.compile(r"""--(image|text|question|answer)-key ("[^"]*"|'(?:[^']|'"'"')*'|[^\s'"]+)""")
 SCRIPTS = ("train.py", "infer.py")
+READING = re.compile(r"""^(IMAGE_ROOT|(?:IMAGE|TEXT|QUESTION|ANSWER)_KEY) *= *r?["'][^"']""", re.MULTILINE)  # set in a script
 LONGEST_SCRIPT = 2**20  # bytes of a file that are searched
 
 
@@ -36,8 +37,15 @@ def python() -> str:
 def _named(name: str, file: Path) -> str:
     """Return the name of a program if PATH leads to the folder of its file, or if the file has no folder. Else its path."""
     found = shutil.which(name)
-    in_path = found and Path(found).absolute().parent == file.absolute().parent
+    in_path = found and Path(found).absolute().parent == file.absolute().parent and _same(found, file)
     return name if in_path or file.parent == Path() else relative_if_below(file.absolute())
+
+
+def _same(found: str, file: Path) -> bool:
+    try:
+        return file.samefile(found)
+    except OSError:  # on Windows, lora-blip is lora-blip.exe
+        return True
 
 
 def key_settings(message: str) -> str:
@@ -59,6 +67,19 @@ def is_our_script(path: str) -> bool:
             return b"lora_blip" in file.read(LONGEST_SCRIPT)
     except OSError:
         return False
+
+
+def training_command(flags: Sequence[str]) -> list[str]:
+    """Return the words of a training with these flags: that of train.py if it is in the current folder, else `lora-blip train`.
+
+    Other flags reset the settings of train.py that change how annotations are read, such as IMAGE_ROOT, if they are set.
+    """
+    if not is_our_script("train.py"):
+        return [*(program() or ["lora-blip"]), "train", *flags]
+    with open_regular(Path("train.py")) as file:
+        settings = READING.findall(file.read(LONGEST_SCRIPT).decode(errors="replace"))
+    reset = [word for name in settings for word in (f"--{name.lower().replace('_', '-')}", "")]
+    return [python(), "train.py", *flags, *reset]
 
 
 def start_of_command(usual: str) -> list[str]:

@@ -171,7 +171,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def unused_path(path: Path) -> Path:
     """Return the path, or the same with a number if it exists, so that two runs in one second have their own names."""
-    for number in range(1, 1000):
+    path = path if path.name not in ("", "..") else path.absolute()  # "." has no name
+    for number in range(1, 1000 if path.name else 1):
         name = path if number == 1 else path.with_name(f"{path.name}_{number}")
         if not os.path.lexists(name):
             return name

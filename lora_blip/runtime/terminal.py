@@ -138,5 +138,6 @@ class TerminalStream:
 
 
 def print_on_stderr(line: str) -> None:
-    """Print a line on stderr: the caller's program may write results to stdout."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr: the caller's program may write results to stdout. A closed stderr is no error."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)

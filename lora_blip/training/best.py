@@ -1,5 +1,6 @@
 """Record the best validation of a run, and count the validations since the last improvement."""
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ def few_images_warning(validation: Iterable[Example], drawn: bool = True, annota
     )
 
 
+NO_LINES = hashlib.sha256().hexdigest()  # `resume.lines_digest` of no lines
 # entries of a run's identity that change its scores: with other values, two scores cannot be compared
 SCORED = (
     "validation lines", "best_by", "prompt", "generation", "num_beams", "max_new_tokens", "image_size", "base weights",
@@ -43,8 +45,15 @@ SCORED = (
 
 
 def scores_differ(earlier: dict[str, Any], current: dict[str, Any]) -> bool:
-    """Return True if the scores of two runs with these identities cannot be compared. An older identity may lack an entry."""
-    return any(earlier[name] != current.get(name) for name in SCORED if name in earlier)
+    """Return True if the scores of two runs with these identities cannot be compared. An older identity may lack an entry.
+
+    Return False if the current run has no validation. With another CHECK_IMAGES, the digests of equal lines differ.
+    """
+    if current.get("validation lines") == NO_LINES:
+        return False
+    same_digests = earlier.get("check_images", "all") == current.get("check_images", "all")
+    names = SCORED if same_digests else SCORED[1:]
+    return any(earlier[name] != current.get(name) for name in names if name in earlier)
 
 
 @dataclass

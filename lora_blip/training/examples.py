@@ -41,7 +41,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     if rest := splits.lines_without_split(examples, lines_by_split):
         lines_by_split["train"], lines = rest, counted(len(rest), "line")
         source = printable(config.annotations)
-        print(f"{source}: no line has the split train, so {lines} without a known split are those of train")
+        print(f"{source}: no line has the split train; {lines} without a known split are used for training")
     if config.val_annotations:
         groups.note_unused(f"the validation lines are those of {config.val_annotations}")
         training = train_lines(config, lines_by_split, len(examples)) or examples
@@ -57,7 +57,8 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     random.Random(config.seed).shuffle(validation)
     own_validation = lines_by_split.get("train") and lines_by_split.get("val")
     drawn = not (config.val_annotations or own_validation)
-    return Lines(training, validation, drawn, splits.held_out_split(lines_by_split.keys()))
+    scored = splits.held_out_split(lines_by_split.keys()) if lines_by_split.get("train") else ""
+    return Lines(training, validation, drawn, scored)
 
 
 def split_by_column(
@@ -115,8 +116,8 @@ def read_file(
 ) -> list[Example]:
     """Return the valid lines of an annotations file. Print a table of them, and the tokens that the model does not know.
 
-    lines_by_split: if given, the lines are also added to it by the value of their column `split`. only: if the data have
-    several splits, read only the first of these that they have.
+    lines_by_split: if given, the lines are also added to it by the value of their column `split`. only: names of
+    splits, best first. Of data with several splits, only one is read.
     """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     setting = "val_annotations" if source == config.val_annotations else "annotations"

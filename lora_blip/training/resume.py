@@ -155,8 +155,6 @@ def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:
     (saved, changed), *older = others
     earlier = f". Older interrupted runs with other settings: {', '.join(str(each.run) for each, _ in older[:NAMED])}"
     earlier = (earlier + ", …" * (len(older) > NAMED)) * bool(older)
-    if "training lines are not the same" in changed:  # another data set, or edited lines
-        return f"{saved.run} was interrupted. It has other training lines, so this start does not resume it{earlier}"
     has_base = not any(change.startswith("base weights") for change in changed)  # with another one, shapes may differ
     accept = f", or add --resume {quoted_for_shell(str(saved.run))} --allow-changed" * (has_base and _can_be_accepted(changed))
     return (

@@ -58,7 +58,7 @@ class Run:
         self.images, self.earlier = 0, learner.progress.step  # images since the last logged step; steps of earlier processes
         self.last_scores: dict[str, Any] = {}  # scores of the last validation, and its step
         self.data_changed = False  # True: before a resume, the run had other training lines
-        self.rescored = False  # True: before a resume, the scores of the run could not be compared with those of now
+        self.rescored = False  # True: scores from before a resume cannot be compared with the current ones
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
@@ -218,7 +218,8 @@ class Run:
                 result = f" the current adapter is {self.save(progress.step, finished=False)};"
             except AdapterError as error:  # B is zero, or a value is NaN
                 result = f" the current adapter is not saved: {error};"
-        command = this_command(without=["--resume"], added=["--resume", str(self.folder)])
+        initial = ["--init-adapter", self.config.init_adapter] if self.config.init_adapter else []  # the path of "latest"
+        command = this_command(without=["--resume", *initial[:1]], added=[*initial, "--resume", str(self.folder)])
         how = f"to resume: {command}" if command else "start again with the same settings to resume"
         if progress.fails(self.config.max_skipped, self.config.epochs):
             how = "a resumed run would stop in the same way"

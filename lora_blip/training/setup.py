@@ -238,15 +238,13 @@ def warn_of_leaks(config: TrainConfig, lines: Lines, thumbnails: Thumbnails) -> 
         if Path(config.val_annotations).resolve() == Path(config.annotations).resolve():
             fix = 'Both files are the same: set VAL_ANNOTATIONS = "" (--val-annotations "") to hold out images at random'
     elif not lines.drawn:
-        fix = f"Remove the training images that they resemble from {config.annotations}"
+        fix = f"Remove the similar training images from {config.annotations}"
     else:
         group = grouping_of([FILE(example) for example in (*lines.training, *lines.validation)])
         name = f"GROUP_BY = {group}" if group else 'GROUP_BY (--group-by) to a regex of its name, such as "(scene[0-9]+)"'
         keep = f"Keep the images of a scene together: if the paths contain a video or scene, and not a class, set {name}"
         if config.group_by:
-            keep = (
-                f"They are in different groups of GROUP_BY = {config.group_by!r}: a group with all images of a scene is larger"
-            )
+            keep = f"GROUP_BY = {config.group_by!r} puts them into different groups: give one whose groups are scenes"
         hold_out = how_to_hold_out(config.annotations, lines.training)
         fix = f"{keep}. Otherwise choose images that resemble no other image, and {hold_out}"
     report_split_leaks(map(FILE, lines.validation), map(FILE, lines.training), thumbnails, fix)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from lora_blip.config import TrainConfig
 from lora_blip.data.annotations import refuse_unknown_columns
-from lora_blip.data.entries import canonical
 from lora_blip.data.example import Example
 from lora_blip.data.formats import NO_KEYS
 from lora_blip.errors import DataError
@@ -50,10 +49,10 @@ def score_line(folder: Path, best: Best, start: str = "base", images: int = 2) -
     base = base_score(folder / METRICS_NAME, best.by) if start else None
     line = f"validation {score_name(best.by)}: " + (f"{start} {score_value(best.by, base)}, " if base is not None else "")
     if not best.step:
-        return f"{line}and no later validation was better: the adapter does not improve on the {start}"
+        return f"{line}{'and ' * (base is not None)}no later validation was better than that of the {start or 'resumed run'}"
     line += f"best adapter {score_value(best.by, value)}, after step {best.step}: {printable(folder / BEST_NAME)}"
     if best.by in FRACTIONS and base is not None and min(value, base) >= 1:
-        return f"{line}\nthe {start} already has the best possible {score_name(best.by)}, so this step was chosen by its loss"
+        return f"{line}\nthe {score_name(best.by)} of the {start} is already the best possible; this step has the lowest loss"
     if best.by != "loss" and base is not None and value <= base:
         seldom = 'Long captions are seldom equal to a reference: for them, set BEST_BY = "cider" (--best-by cider). '
         seldom *= best.by == "exact_match" and images > 1  # CIDEr of one image is 0
@@ -87,15 +86,15 @@ def evaluate_line(
 ) -> str:  # fmt: skip
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
-    The references are the annotations if `evaluate` scores one of their splits, which is called `scored`. Otherwise they are
-    the first of these files that exists: test.jsonl beside the annotations, if it fits the task and does not contain the
-    training images; the validation file; val.jsonl; a table with the suffix of the annotations, such as test.csv; for the
-    demo's training images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl, or
-    a table like the annotations.
+    The references are the annotations if `evaluate` scores one of their splits, which is called `scored`, and there is no
+    validation file. Otherwise they are the first of these files that exists: test.jsonl beside the annotations, if it fits
+    the task and does not contain the training images; the validation file; val.jsonl; a table with the suffix of the
+    annotations, such as test.csv; for the demo's training images, the file of the task in image_test. If none exists, the
+    line asks the user to write test.jsonl, or a table like the annotations.
 
     examples: the training lines. reading: the result of `reading_flags`, for val_annotations and for the file to write.
     """
-    if scored == "test" or (scored and not val_annotations):
+    if scored and not val_annotations:
         parts = [*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", annotations, *reading]
         images = "the validation images" if scored == "val" else "the test images"
         return printable(f"to score it on {images} of {annotations}: {command_line(parts)}")
@@ -180,13 +179,12 @@ def _has_own_images(path: Path) -> bool:
 
 
 def _is_readable(path: Path) -> bool:
-    """Return True if `evaluate` can read a file without the names of its columns or keys. Only the first line is checked."""
+    """Return False for a table that `evaluate` cannot read without the names of its columns. Other files are not checked."""
     try:
         refuse_unknown_columns(path, NO_KEYS, "references")
-        first = {} if _is_table(path) else parsed(_first_line(path))
-    except (DataError, ValueError):
+    except DataError:
         return False
-    return _is_table(path) or (isinstance(first, dict) and not isinstance(canonical(first), str))
+    return True
 
 
 def _has_columns(path: Path, reading: Sequence[str]) -> bool:

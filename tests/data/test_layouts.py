@@ -567,7 +567,7 @@ def test_lines_without_a_split_beside_those_of_the_test_are_for_training(tmp_pat
     training, validation, _, scored = read_examples(config, CaptionTask(make("blip")))
     assert sorted(e.text for e in [*training, *validation]) == [f"a {n}" for n in range(2, 8)] and scored == "test"
     printed = capsys.readouterr().out
-    assert f"{source}: no line has the split train, so 6 lines without a known split are those of train\n" in printed
+    assert f"{source}: no line has the split train; 6 lines without a known split are used for training\n" in printed
     assert "its splits are used: 6 train, 0 val, 2 test (left out)\n" in printed
     lines, _ = annotations.read(source, only=("test", "val"))
     assert [e.text for e in lines] == ["a 0", "a 1"]
@@ -595,3 +595,30 @@ def test_only_the_lines_and_images_of_one_split_are_checked(tmp_path, capsys):
     for wrong in ("gone.png,c,test", "1.png,,test", "1.png,,", "1.png,a,test,more"):
         with pytest.raises(DataError, match=r"x\.csv:4: "):
             read(*valid, wrong)
+
+
+def test_a_column_whose_values_are_splits_is_reported(tmp_path, capsys, make):
+    """Before, it was only listed among the ignored keys, and the lines of the test were trained on."""
+    photos(tmp_path, *(f"{n}.png" for n in range(6)))
+    (tmp_path / "x.csv").write_text(
+        "image,text,Used for,place\n" + "".join(f"{n}.png,a {n},{'train' if n < 4 else 'Test'},lab\n" for n in range(6))
+    )
+    read_examples(TrainConfig(annotations=str(tmp_path / "x.csv"), val_fraction=0.2), CaptionTask(make("blip")))
+    warning = "\nwarning: the values of 'used_for' are splits, and are not used; rename it to split\n"
+    assert warning in capsys.readouterr().out
+    (tmp_path / "x.csv").write_text((tmp_path / "x.csv").read_text().replace("4.png,a 4,Test", "4.png,a 4,kitchen"))
+    read_examples(TrainConfig(annotations=str(tmp_path / "x.csv"), val_fraction=0.2), CaptionTask(make("blip")))
+    assert "are splits" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("all_in_splits", [True, False])
+def test_the_folders_of_the_images_are_the_splits_of_a_table_at_the_root(tmp_path, capsys, make, all_in_splits):
+    """As for a metadata.csv. Before, the images of the test were trained on."""
+    names = [f"{split}/{n}.png" for split, count in (("train", 4), ("val", 2), ("test", 2)) for n in range(count)]
+    names += [] if all_in_splits else ["other/1.png"]
+    photos(tmp_path, *names)
+    (tmp_path / "labels.csv").write_text("image,caption\n" + "".join(f"{name},a {name}\n" for name in names))
+    config = TrainConfig(annotations=str(tmp_path / "labels.csv"), val_fraction=0.2)
+    training, validation, _, scored = read_examples(config, CaptionTask(make("blip")))
+    assert (len(training), len(validation), scored) == ((4, 2, "test") if all_in_splits else (7, 2, ""))
+    assert ("its splits are used: 4 train, 2 val, 2 test (left out)" in capsys.readouterr().out) is all_in_splits

@@ -46,6 +46,7 @@ from lora_blip.tasks.verification_record import is_verified
 from tests.support import tiny
 from tests.support.api import make_workplace, save_adapter
 from tests.support.models import carry, inject
+from tests.support.runs import adapter_of
 
 FEW = Generation(max_new_tokens=6)
 QUESTIONS = ["what is it?", "what color is the cube?"]
@@ -219,7 +220,7 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "None": (None, "is of type NoneType; expected a path, a PIL image"),
     "a number": (3, "is of type int; expected a path"),
     "a list": ([1, 2], "is of type list; expected a path"),
-    "a dict": ({"image": "a.jpg"}, r"is of type dict; .*; give a list of its images: list\(images\.values\(\)\)"),
+    "a dict": ({"image": "a.jpg"}, r'is of type dict; .*; of a list of rows: \[row\["image"\] for row in images\]$'),
     "a set": ({"a.jpg"}, "is of type set; expected a path"),
     "a file of text": (io.StringIO("x"), r'is a file whose read\(\) returns str; open it for bytes: open\(path, "rb"\)'),
     "an asynchronous upload": (AsyncUpload(), r"whose read\(\) must be awaited; give its bytes: await file\.read\(\)"),
@@ -229,7 +230,10 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "no pixel": (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\); expected .*; it has no pixels$"),
     "integers": (np.zeros((8, 8, 3), np.int64), r"has the dtype int64; .*; give image\.astype\(numpy\.uint8\)$"),
     "an integer tensor": (torch.full((3, 8, 8), 255), r"has the dtype int64; .*; give image\.byte\(\)$"),
-    "16 bits": (np.full((8, 8), 9, np.uint16), "has the dtype uint16; .*; for 16 bits per value, give image / 65535$"),
+    "16 bits": (np.full((8, 8), 3000, np.uint16), "dtype uint16; .*; divide it by its largest possible value: image / 4095"),
+    "8 of 16 bits": (np.full((8, 8), 200, np.int16), r"has the dtype int16; .*; give image\.astype\(numpy\.uint8\)$"),
+    "resized levels": (torch.full((3, 8, 8), 274.4), r"from 274.4 to 274.4; .*: clip it and .*, image\.clamp\(0, 255\) / 255$"),
+    "16 bits as floats": (np.full((8, 8), 60000.0), "from 60000 to 60000; .*: divide it by its largest possible value"),
     "a mask": (np.ones((8, 8), bool), r"has the dtype bool; .*; give image\.astype\(numpy\.uint8\) \* 255$"),
     "negative integers": (np.full((8, 8), -1), r"has the dtype int64; expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
     "complex numbers": (np.ones((8, 8), complex), r"expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
@@ -695,7 +699,9 @@ def test_a_captioner_that_is_sent_to_another_process_is_an_error_with_the_fix(wo
 
 def test_a_model_of_peft_as_base_gives_the_call_that_merges_it():
     model = get_peft_model(load_backbone("assets/tiny-blip", "cpu").model, LoraConfig(target_modules=["qkv"]))
-    with pytest.raises(InputError, match=r"base is of type PeftModel; give base=model\.merge_and_unload\(\)$"):
+    with pytest.raises(
+        InputError, match=r"PeftModel; give base=model\.unload\(\) for the base alone, or base=model\.merge_and"
+    ):
         Captioner.from_adapter(None, base=model)
 
 
@@ -1166,3 +1172,26 @@ def test_unknown_tokens_of_questions_and_texts_are_printed_once_with_their_numbe
     for number in range(2 * MOST_WARNED):
         vqa.answer(image, f"what is \N{SLIGHTLY SMILING FACE} {number}?")
     assert capsys.readouterr().err.count("\n") < MOST_WARNED  # a service does not fill its log
+
+
+def test_a_white_image_with_half_a_level_too_much_stays_white():
+    """255.5 rounds to 256, which is 0 in a byte. The values of (levels + 0.5) / 255 reach it."""
+    levels = (np.arange(256) + 0.5) / 255
+    for dtype in (np.float64, np.float32):
+        image = levels.astype(dtype).reshape(16, 16)
+        assert image_inputs._uint8_array(image, "x").min() >= 0 and image_inputs._uint8_array(image, "x")[-1, -1] == 255
+
+
+def test_a_damaged_newest_run_is_an_error_and_not_replaced_by_an_older_one(checkpoints, tmp_path, monkeypatch):
+    """Otherwise a service would silently use another adapter."""
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("new", "old")):
+        path = tmp_path / "lora_blip_output" / name / "adapter.safetensors"
+        path.parent.mkdir(parents=True)
+        adapter_of(checkpoints["blip"], tmp_path).rename(path)
+        os.utime(path, (time.time() - 100 * age,) * 2)
+    new = tmp_path / "lora_blip_output/new/adapter.safetensors"
+    damaged = new.read_bytes()[:1000]
+    new.write_bytes(damaged)
+    with pytest.raises(AdapterError, match=r"new/adapter\.safetensors"):
+        Captioner.from_adapter("latest", task="caption", device="cpu")

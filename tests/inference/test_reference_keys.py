@@ -2,7 +2,6 @@
 
 import json
 import re
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ def test_references_of_another_machine_are_found_after_many_missing_images(tmp_p
     (tmp_path / "x.csv").write_text(f"image,text\n{first}{lost}D:\\old\\2.png,a dog\nold/3.png,a dog\n")
     found = read_references(str(tmp_path / "x.csv"), "", ImageSource(tmp_path))
     assert sorted(path.name for path in found) == ["1.png"] * bool(first) + ["2.png", "3.png"]
-    assert ("x.csv is used for 1 of 3 images: they have no score" in capsys.readouterr().out) == (not first)
+    assert ("has no line for 1 of 3 images: they have no score" in capsys.readouterr().out) == (not first)
 
 
 def test_a_file_of_questions_is_read_with_the_image_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make):
@@ -84,25 +83,3 @@ def test_a_file_of_questions_is_read_with_the_image_root(tmp_path: Path, monkeyp
     monkeypatch.setattr("lora_blip.inference.setup.open_task", lambda *_: (task, "fp32"))
     _, _, examples, _ = open_inputs(config, Inputs(ImageSource("photos"), {}, [], None))
     assert [(str(e.image), e.question) for e in examples] == [("photos/1.png", "what is it?")]
-
-
-def test_infer_scores_the_lines_of_the_test_if_its_images_have_several_splits(tmp_path, capsys):
-    """Before, most of the scored images were those of the training. Lines about other images do not count."""
-    names = {split: [tmp_path / split / f"{n}.png" for n in range(2)] for split in ("train", "val", "test")}
-    for path in chain(*names.values()):
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8)).save(path)
-    rows = [f"{split}/{path.name},a,{split}\n" for split, paths in names.items() for path in paths]
-    (tmp_path / "x.csv").write_text(f"image,text,split\n{''.join(rows)}")
-
-    def scored(folder):
-        return sorted(
-            str(path.relative_to(tmp_path)) for path in read_references(str(tmp_path / "x.csv"), "", ImageSource(folder))
-        )
-
-    assert scored(tmp_path) == ["test/0.png", "test/1.png"]
-    printed = capsys.readouterr().out
-    assert "x.csv: its split test is used: 2 lines, 4 lines left out; " in printed
-    assert "x.csv is used for 4 of 6 images: they have no score" in printed
-    assert scored(tmp_path / "train") == ["train/0.png", "train/1.png"]  # the user has chosen the images of one split
-    assert "is used" not in capsys.readouterr().out

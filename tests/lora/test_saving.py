@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import lora_blip
 from lora_blip.errors import LoRAError, ModelError
-from lora_blip.lora import injection, merging
+from lora_blip.lora import attached, injection, merging
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import load_backbone
 from tests.support.models import inject, logits_of
@@ -136,3 +137,35 @@ def test_a_state_of_unmerged_adapters_is_not_loaded_into_a_merged_model():
     merging.restore(model)
     model.load_state_dict(state)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential], ids=["DataParallel", "Sequential"])
+def test_an_adapter_is_saved_from_a_wrapped_model(make, tmp_path, wrap):
+    """Before, it was an AttributeError after the training. A module with the model as a part is an error with the fix."""
+    model = make("blip").model
+    for lora in lora_blip.inject(model, "vit").values():
+        nn.init.normal_(lora.B)
+    alone, wrapped = lora_blip.save_adapter(tmp_path / "a.safetensors", model), wrap(model)
+    if isinstance(wrapped, nn.Sequential):
+        with pytest.raises(LoRAError, match=r"the adapter is on a part of this Sequential; give that part: model\.0$"):
+            lora_blip.save_adapter(tmp_path / "b.safetensors", wrapped)
+        return
+    assert lora_blip.save_adapter(tmp_path / "b.safetensors", wrapped).read_bytes() == alone.read_bytes()
+    other = nn.DataParallel(make("blip").model)
+    lora_blip.load_adapter(other, alone)
+    assert len(lora_blip.inject(nn.DataParallel(make("blip").model), "vit")) == len(attached.adapters(other.module))
+
+
+def test_a_loaded_adapter_is_kept_if_the_model_is_frozen_before_inject(make, tmp_path):
+    """As the page on the API says. Without this, an optimizer of all trainable parameters changes both."""
+    model = make("blip").model
+    for lora in lora_blip.inject(model, "vit").values():
+        nn.init.normal_(lora.B)
+    path = lora_blip.save_adapter(tmp_path / "cubes.safetensors", model)
+    lora_blip.eject(model)
+    lora_blip.load_adapter(model, path, name="cubes")
+    assert all(p.requires_grad for lora in attached.adapters(model, "cubes").values() for p in lora.parameters())
+    model.requires_grad_(False)
+    robots = lora_blip.inject(model, "vit", name="robots")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for lora in robots.values() for p in lora.parameters()}

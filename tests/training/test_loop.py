@@ -472,7 +472,7 @@ def test_a_start_with_the_best_possible_score_gets_no_warning(tmp_path):
     """No step can be better. Before, the advice was to choose another score or other images."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_exact_match": 1.0, "val_cider": 1.2}\n')
     for by, value, expected in (
-        ("exact_match", 1.0, "already has the best possible exact match"),
+        ("exact_match", 1.0, "the exact match of the initial adapter is already the best possible"),
         ("cider", 1.2, "warning: no"),
     ):
         best = Best(by, step=4, rank=(value, -1.0))
@@ -496,7 +496,7 @@ def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, mo
     assert "texts to test.jsonl first): " in summary.evaluate_line("caption", run, str(tmp_path / "train.jsonl"), "", examples)
     own = f"images of {tmp_path / 'train.csv'}: lora-blip evaluate --adapter run --references {tmp_path / 'train.csv'}"
     assert of("", examples, keys, "test") == f"to score it on the test {own} --image-key Datei --text-key Wort"
-    assert of("val.csv", examples, (), "test") == f"to score it on the test {own}"
+    assert of("val.csv", examples, (), "test").endswith("--references val.csv")  # the test lines may be in val.csv
     assert of("", examples, (), "val") == f"to score it on the validation {own}"
     assert of("val.csv", examples, (), "val").endswith("--references val.csv")  # the validation lines were those of val.csv
     for text, names_it in (
@@ -525,14 +525,8 @@ def test_the_file_that_evaluates_has_other_images_than_the_training(tmp_path, mo
     assert of("", examples, keys).endswith(f"{test} --image-key Datei --text-key Wort")
     test.unlink()
     assert of("val.csv", examples).startswith("to score it on the validation images: ")
-    lines = tmp_path / "test.jsonl"
-    for text, fits in (
-        ('{"picture": "9.png", "says": "a"}\n', False),
-        ('{"image": "9.png", "caption": "a"}\n', True),
-        ("{", False),
-    ):
-        lines.write_text(text)
-        assert of("", examples).endswith(f"--references {lines}") is fits
+    (tmp_path / "test.jsonl").write_text('{"image": "9.png", "captions": ["a", "b"]}\n')  # other formats are not checked
+    assert of("", examples).endswith(f"--references {tmp_path / 'test.jsonl'}")
 
 
 def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypatch):

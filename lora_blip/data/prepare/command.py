@@ -20,7 +20,7 @@ from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.runtime.command_line import is_our_script, program, python
+from lora_blip.runtime.command_line import training_command
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
@@ -197,7 +197,7 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
 
 
 def published_splits(data: PreparedData) -> dict[object, str]:
-    """Return {image identity: its split}, or {} if no line has one or all are of val or test. Drop lines without a split."""
+    """Return {image identity: its split}. Drop lines without a split. Return {} if all lines have none, or val or test."""
     splits = set(map(_split_of, data.rows))
     if "train" not in splits and not (None in splits and len(splits) > 1):
         return {}
@@ -290,9 +290,8 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
     words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
     words += ["--task", "vqa"] * (data.kind == "questions")
     if rows["train"]:
-        start = [python(), "train.py"] if is_our_script("train.py") else [*(program() or ["lora-blip"]), "train"]
         print("the images were found, but not decoded; training decodes all of them before its first step")
-        print(printable(f"next: {command_line([*start, *words])}"))
+        print(printable(f"next: {command_line(training_command(words))}"))
 
 
 def _split_of(row: Row) -> str | None:
