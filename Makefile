@@ -95,7 +95,7 @@ EXTRAS_docs := plots,docs
 	@$(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
 		-e '.[$(EXTRAS_$*)]' & pip=$$!; seconds=0; \
 	while kill -0 $$pip 2>/dev/null; do sleep 1; seconds=$$((seconds + 1)); \
-		test $$((seconds % 9)) -ne 0 || echo "… installing: $$seconds s, $$(du -sm .venv | cut -f1) MB in .venv"; done; \
+		test $$((seconds % 9)) -ne 0 || echo "… installing: $$seconds s, $$(du -sm .venv 2>/dev/null | cut -f1) MB in .venv"; done; \
 	wait $$pip
 	@touch $@
 

@@ -211,7 +211,8 @@ def published_splits(data: PreparedData) -> dict[object, str]:
             data.dropped.append(Dropped(row.source, row.at, "unlisted", f"{row.image.path} is in no split of its data set"))
         else:
             other = split_of_image.get(row.image.identity)
-            reason = f"the split of its image is {split} here and {other} in an earlier line" if split else NO_SPLIT
+            unknown = f"its split {row.split!r} is none of train, val and test; correct it" if row.split else NO_SPLIT
+            reason = f"the split of its image is {split} here and {other} in an earlier line" if split else unknown
             data.dropped.append(Dropped(row.source, row.at, "fault", reason))
     data.rows[:] = kept
     return split_of_image
