@@ -382,7 +382,11 @@ def test_the_command_of_prepare_resets_the_settings_of_train_py_that_change_how_
     monkeypatch.setattr("sys.argv", ["lora-blip"])
     assert command_line.training_command(["--annotations", "a"]) == ["lora-blip", "train", "--annotations", "a"]
     (tmp_path / "train.py").write_text(
-        'import lora_blip\nIMAGE_ROOT = \'my/photos\'  # x\nIMAGE_KEY = ""\nTEXT_KEY = r"was"\n# ANSWER_KEY = "a"\n'
+        'import lora_blip\nIMAGE_ROOT = \'photos\'\nIMAGE_KEY = ""\nTEXT_KEY = r"was"\n# ANSWER_KEY = "a"\nTASK = "vqa"\n'
     )
     words = ["python", "train.py", "--annotations", "a", "--image-root", "", "--text-key", ""]
-    assert command_line.training_command(["--annotations", "a"]) == words
+    assert command_line.training_command(["--annotations", "a"]) == [*words, "--task", "auto"]
+    assert command_line.training_command(["--task", "vqa"])[2:] == ["--task", "vqa", *words[4:]]
+    (tmp_path / "train.py").write_text('import lora_blip\nTASK = "auto"\nVAL_ANNOTATIONS = "v.jsonl"\n')
+    assert command_line.training_command([])[2:] == ["--val-annotations", ""]
+    assert command_line.training_command(["--val-annotations", "x"])[2:] == ["--val-annotations", "x"]

@@ -26,6 +26,7 @@ INVISIBLE = ("Cc", "Cf", "Zs")  # Unicode categories: control, format such as a 
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "validate": "val", "eval": "val"}
 SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
+PATH_PARTS = re.compile(r"[/\\]")
 IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)", re.IGNORECASE)
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 # a control character that JSON reads from an unescaped backslash → a slash and the letter in the file
@@ -268,6 +269,17 @@ def _has_surrogates(entry: Entry) -> bool:
 
 class _ValueError(ValueError):
     """A value of an entry is invalid. The message names the key."""
+
+
+def folder_splits(names: Sequence[str]) -> list[str]:
+    """Return the split of each image path by its innermost folder train, val or test, or "" for a path without one.
+
+    Return [] if the folders are no splits: fewer than half of the paths have one, or none is for training, or no other exists.
+    """
+    parts = (PATH_PARTS.split(name)[-2::-1] for name in names)
+    found = [next((SPLITS[part.lower()] for part in folders if part.lower() in SPLITS), "") for folders in parts]
+    kinds = set(found) - {""}
+    return found if "train" in kinds and len(kinds) > 1 and 2 * sum(map(bool, found)) >= len(found) else []
 
 
 def first_key(entry: Entry, keys: Iterable[str]) -> str | None:

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -24,7 +23,6 @@ from lora_blip.data.entries import (
 from lora_blip.runtime.untrusted import is_path, quoted
 
 MOST_SHARED = 2**17  # largest number of different answers, groups and prompts that share memory
-PATH_PARTS = re.compile(r"[/\\]")
 MOST_SPLITS = 20  # largest number of unknown splits that are named
 MOST_KEYS = 1000  # largest number of unknown keys that are counted: an invalid file may have a new key in each line
 CAPTION = frozenset(("image", "text", "group", "prompt"))
@@ -99,6 +97,7 @@ class ExampleBuilder:
         self.splits: dict[Location, str] = {}  # line or entry → its split: train, val or test
         self.group_entries: dict[Location, Entry] = {}  # line or entry → {the column that gives its group: its value}
         self.ignored: dict[str, tuple[int, Location, str]] = {}  # unused key → number of lines, first line, right key or ""
+        self.invalid: dict[Location, str] = {}  # invalid line or entry → its image path
         self.unknown_splits: set[str] = set()
         self.like_splits: dict[str, set[str] | None] = {}  # unused key → its splits; None: a value is no name of a split
 
@@ -114,6 +113,8 @@ class ExampleBuilder:
         checked = canonical(entry, answered=False)
         if isinstance(checked, str):
             self._store_split(entry, number)
+            if isinstance(image := entry.get(first_key(entry, IMAGE_KEYS) or ""), str):
+                self.invalid[number] = image
             return number, checked
         self._count_ignored(entry, number)
         is_question = "question" in checked  # in a caption, keys of these names may have any value
@@ -146,10 +147,12 @@ class ExampleBuilder:
 
         Store the splits that are the values of another key.
         """
-        if key != "split":
+        if key != "split" and (key in self.like_splits or len(self.like_splits) < MOST_KEYS):
             split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
             earlier = self.like_splits.get(key, set())
             self.like_splits[key] = None if split is None or earlier is None else earlier | {split}
+            return key
+        if key != "split":
             return key
         if len(self.unknown_splits) < MOST_SPLITS:
             self.unknown_splits.add(str(value))
@@ -161,14 +164,9 @@ class ExampleBuilder:
         key = "" if self.splits else next(like, "")
         return f"\nwarning: the values of {quoted(key)} are splits, and are not used; rename it to split" * bool(key)
 
-    def splits_of_folders(self, lines: Lines) -> dict[Location, str]:
-        """Return the split of each line by the first folder of its image, or {} if an image is in another folder."""
-        splits = {
-            line.line: SPLITS.get(PATH_PARTS.split(line.name.removeprefix("./"), maxsplit=1)[0].lower(), "")
-            for line in lines
-            if isinstance(line, Example)
-        }
-        return splits if all(splits.values()) else {}
+    def names(self, lines: Lines) -> dict[Location, str]:
+        """Return the image path of each line as it is written, also of invalid lines if it is known."""
+        return {line.line: line.name for line in lines if isinstance(line, Example)} | self.invalid
 
     def _store_split(self, entry: Entry, number: Location) -> bool:
         """Store the split of an entry. Return False if it has none, or if its name is unknown."""

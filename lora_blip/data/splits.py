@@ -5,9 +5,11 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import compress
 from pathlib import Path
 
+from lora_blip.data.entries import folder_splits
 from lora_blip.data.example import FILE, Example, ExampleBuilder, Lines, many_objects
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.paths import in_walking_order, resolved
+from lora_blip.data.prepare.split_names import SPLIT_NAME
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable
@@ -93,14 +95,13 @@ def of_one_split(source: object, parts: list[Part], only: Sequence[str], report:
 
 
 def add_folder_splits(parts: list[Part]) -> None:
-    """Store the first folders of the images as splits if all lines of all files have one, and no line has another split.
+    """Store the folders train, val and test of the images as splits, if no line has a split. See `folder_splits`.
 
-    One of the folders must be for training, and one for validation or a test.
+    A file with the name of a split, such as test.jsonl, is not divided.
     """
-    if any(builder.splits or not builder.use_splits for builder, _, _ in parts):
+    if any(b.splits or not b.use_splits or SPLIT_NAME.search(Path(b.source).name) for b, _, _ in parts):
         return
-    found = [builder.splits_of_folders(parsed) for builder, parsed, _ in parts]
-    names = {split for splits in found for split in splits.values()}
-    if all(found) and "train" in names and len(names) > 1:
-        for (builder, _, _), splits in zip(parts, found, strict=True):
-            builder.splits.update(splits)
+    names = [builder.names(parsed) for builder, parsed, _ in parts]
+    found = iter(folder_splits([name for of in names for name in of.values()]))
+    for (builder, _, _), of in zip(parts, names, strict=True):
+        builder.splits.update({at: split for at, split in zip(of, found, strict=False) if split})

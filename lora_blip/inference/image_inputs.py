@@ -36,7 +36,7 @@ ACCEPTED = (
 SINGLE = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray, Tensor)
 CHANNELS = (1, 3, 4)
 ROUNDING = 0.5 / 255  # a float value this far outside 0 to 1 is a rounding error
-OVERSHOOT = 0.5  # how far outside 0 to 1 a resize or a filter moves values; normalized values are farther away
+OVERSHOOT = 0.25  # how far outside 0 to 1 a resize or a filter moves values; normalized values are farther away
 BY_LARGEST = "divide it by its largest possible value: image / 4095 for 12 bits per value, image / 65535 for 16 bits"
 PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first use, and threads may share the image
 

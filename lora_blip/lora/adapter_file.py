@@ -92,10 +92,12 @@ class Adapter:
 
 def refuse_wrapper(model: nn.Module, module: str) -> None:
     """Raise LoRAError if a model has no such module, because the adapter was put on a part of the model."""
-    if module not in dict(model.named_modules()):
+    try:
+        model.get_submodule(module)  # also of a compiled model
+    except AttributeError:
         parts = [f"model.{name}" for name, part in model.named_children() if module in dict(part.named_modules())]
         inner = parts[0] if parts else "the part with the adapter"
-        raise LoRAError(f"the adapter is on a part of this {type(model).__name__}; give that part: {inner}")
+        raise LoRAError(f"the adapter is on a part of this {type(model).__name__}; give that part: {inner}") from None
 
 
 def save(

@@ -15,7 +15,11 @@ from lora_blip.runtime.user_paths import relative_if_below
 
 KEY_FLAGS = re.compile(r"""--(image|text|question|answer)-key ("[^"]*"|'(?:[^']|'"'"')*'|[^\s'"]+)""")
 SCRIPTS = ("train.py", "infer.py")
-READING = re.compile(r"""^(IMAGE_ROOT|(?:IMAGE|TEXT|QUESTION|ANSWER)_KEY) *= *r?["'][^"']""", re.MULTILINE)  # set in a script
+# settings of a script that change how annotations are read, if they are set
+READING = re.compile(
+    r"""^(IMAGE_ROOT|(?:IMAGE|TEXT|QUESTION|ANSWER)_KEY|GROUP_BY|VAL_ANNOTATIONS|TASK) *= *r?["'](?!auto["'])[^"']""",
+    re.MULTILINE,
+)
 LONGEST_SCRIPT = 2**20  # bytes of a file that are searched
 
 
@@ -78,7 +82,8 @@ def training_command(flags: Sequence[str]) -> list[str]:
         return [*(program() or ["lora-blip"]), "train", *flags]
     with open_regular(Path("train.py")) as file:
         settings = READING.findall(file.read(LONGEST_SCRIPT).decode(errors="replace"))
-    reset = [word for name in settings for word in (f"--{name.lower().replace('_', '-')}", "")]
+    names = {f"--{name.lower().replace('_', '-')}": "auto" * (name == "TASK") for name in settings}
+    reset = [word for flag, value in names.items() if flag not in flags for word in (flag, value)]
     return [python(), "train.py", *flags, *reset]
 
 

@@ -210,7 +210,8 @@ def test_train_and_val_above_class_folders_are_splits(tmp_path):
         (("train/1", "train/2", "test/3", "valid/4"), {"train": 2, "test": 1, "val": 1}),
         (("Train/a/1", "test/a/1"), {"train": 1, "test": 1}),
         (("train/1", "car/2"), {}),  # pictures of trains
-        (("train/1", "test/2", "3"), {}),
+        (("train/1", "test/2", "3"), {"train": 1, "test": 1}),  # one stray image
+        (("train/1", "test/2", "3", "4", "5"), {}),
         (("train/1", "train/2"), {}),
         (("val/1", "test/2"), {}),
     ],
@@ -576,7 +577,7 @@ def test_lines_without_a_split_beside_those_of_the_test_are_for_training(tmp_pat
     with pytest.raises(DataError, match=r'it has no split, but other lines have one; add "split": "train"'):
         prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
     source.write_text(source.read_text().replace(",\n", ",trainn\n"))
-    with pytest.raises(DataError, match=r"its split 'trainn' is none of train, val and test; correct it"):
+    with pytest.raises(DataError, match=r"it has no split, but other lines have one"):
         prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
     source.write_text(source.read_text().replace(",trainn\n", ",test\n"))
     training, validation, _, scored = read_examples(config, CaptionTask(make("blip")))  # all lines are of one split
@@ -614,14 +615,35 @@ def test_a_column_whose_values_are_splits_is_reported(tmp_path, capsys, make):
     assert "are splits" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("all_in_splits", [True, False])
-def test_the_folders_of_the_images_are_the_splits_of_a_table_at_the_root(tmp_path, capsys, make, all_in_splits):
-    """As for a metadata.csv. Before, the images of the test were trained on."""
+@pytest.mark.parametrize("others", [0, 1, 20])
+def test_the_folders_of_the_images_are_the_splits_of_a_table_at_the_root(tmp_path, capsys, make, others):
+    """As for a metadata.csv. Before, the images of the test were trained on. Images in no such folder are left out."""
     names = [f"{split}/{n}.png" for split, count in (("train", 4), ("val", 2), ("test", 2)) for n in range(count)]
-    names += [] if all_in_splits else ["other/1.png"]
+    names += [f"other/{n}.png" for n in range(others)]
     photos(tmp_path, *names)
-    (tmp_path / "labels.csv").write_text("image,caption\n" + "".join(f"{name},a {name}\n" for name in names))
-    config = TrainConfig(annotations=str(tmp_path / "labels.csv"), val_fraction=0.2)
+    rows = "".join(f"{tmp_path / name if n else name},a {name}\n" for n, name in enumerate(names))  # absolute paths too
+    (tmp_path / "labels.csv").write_text(f"image,caption\n{rows}")
+    config = TrainConfig(annotations=str(tmp_path / "labels.csv"), val_fraction=0.25)
     training, validation, _, scored = read_examples(config, CaptionTask(make("blip")))
-    assert (len(training), len(validation), scored) == ((4, 2, "test") if all_in_splits else (7, 2, ""))
-    assert ("its splits are used: 4 train, 2 val, 2 test (left out)" in capsys.readouterr().out) is all_in_splits
+    assert (len(training), len(validation), scored) == ((21, 7, "") if others == 20 else (4, 2, "test"))
+    numbers = "its splits are used: 4 train, 2 val, 2 test (left out)"
+    numbers += ", 1 line left out: the split is none of train, val and test" * (others == 1)
+    assert (f"{numbers}\n" in capsys.readouterr().out) is (others < 20)
+
+
+def test_files_with_the_name_of_a_split_are_not_divided_by_the_folders_of_their_images(tmp_path, make):
+    """Such as those of `prepare`. prepare itself keeps the folders as splits."""
+    names = [f"{split}/{n}.png" for split in ("train", "val", "test") for n in range(3)]
+    photos(tmp_path, *names)
+    rows = "".join(f"{name},a {name}\n" for name in names)
+    for file in ("train.csv", "my_test.csv"):
+        (tmp_path / file).write_text(f"image,caption\n{rows}")
+    assert len(annotations.read(tmp_path / "my_test.csv", only=("test", "val"))[0]) == 9
+    config = TrainConfig(annotations=str(tmp_path / "train.csv"), val_fraction=0.3)
+    training, validation, _, _ = read_examples(config, CaptionTask(make("blip")))
+    assert len(training) + len(validation) == 9
+    (tmp_path / "labels.csv").write_text(f"image,caption\n{rows}")
+    prepare(PrepareConfig(source=str(tmp_path / "labels.csv"), output_dir=str(tmp_path / "out")))
+    for split in ("train", "val", "test"):
+        lines = [json.loads(line) for line in (tmp_path / f"out/{split}.jsonl").read_text().splitlines()]
+        assert sorted(line["text"] for line in lines) == [f"a {split}/{n}.png" for n in range(3)]

@@ -457,10 +457,10 @@ def test_scores_of_other_validation_lines_do_not_count(checkpoints, tmp_path, ca
 
 
 def test_a_run_that_is_resumed_without_validation_keeps_its_best_weights(checkpoints, tmp_path, monkeypatch):
-    """No later validation can choose others. With another CHECK_IMAGES, the same lines have other digests."""
+    """No later validation can choose others."""
     scores = iter([0.5, *[0.9] * 99])
     monkeypatch.setattr(session, "validate", lambda *_: {"loss": 1.0, "exact_match": next(scores)})
-    for number, changes in enumerate(({"val_fraction": 0.0}, {"check_images": "lazy"})):
+    for number, changes in enumerate(({"val_fraction": 0.0}, {"val_fraction": 0.0, "num_beams": 2})):
         (tmp_path / str(number)).mkdir()
         config = config_of(checkpoints, tmp_path / str(number), epochs=4, best_by="auto")
         with killed_at(9):
@@ -468,7 +468,10 @@ def test_a_run_that_is_resumed_without_validation_keeps_its_best_weights(checkpo
         run = only_run(config)
         best = (run / BEST_NAME).read_bytes()
         train(replace(config, resume=str(run), allow_changed=True, **changes))
-        assert (run / BEST_NAME).read_bytes() == best
+        if number:  # the old weights were chosen with another generation
+            assert not (run / BEST_NAME).exists()
+        else:
+            assert (run / BEST_NAME).read_bytes() == best
         scores = iter([0.5, *[0.9] * 99])
 
 

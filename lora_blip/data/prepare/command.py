@@ -18,6 +18,7 @@ from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_sizes, split_fractions
 from lora_blip.data.prepare.sources import Source, find_sources
+from lora_blip.data.prepare.split_names import with_splits_of_folders
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.command_line import training_command
@@ -198,11 +199,11 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
 
 def published_splits(data: PreparedData) -> dict[object, str]:
     """Return {image identity: its split}. Drop lines without a split. Return {} if all lines have none, or val or test."""
+    data.rows[:] = with_splits_of_folders(data.rows, [data.names[row.image.identity] for row in data.rows])
     splits = set(map(_split_of, data.rows))
     if "train" not in splits and not (None in splits and len(splits) > 1):
         return {}
-    split_of_image: dict[object, str] = {}
-    kept = []
+    split_of_image, kept = dict[object, str](), list[Row]()
     for row in data.rows:
         split = _split_of(row)
         if split and split_of_image.setdefault(row.image.identity, split) == split:
@@ -211,8 +212,7 @@ def published_splits(data: PreparedData) -> dict[object, str]:
             data.dropped.append(Dropped(row.source, row.at, "unlisted", f"{row.image.path} is in no split of its data set"))
         else:
             other = split_of_image.get(row.image.identity)
-            unknown = f"its split {row.split!r} is none of train, val and test; correct it" if row.split else NO_SPLIT
-            reason = f"the split of its image is {split} here and {other} in an earlier line" if split else unknown
+            reason = f"the split of its image is {split} here and {other} in an earlier line" if split else NO_SPLIT
             data.dropped.append(Dropped(row.source, row.at, "fault", reason))
     data.rows[:] = kept
     return split_of_image

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
-from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Entry, Located, first_key
+from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Entry, Located, first_key, folder_splits
 
+Row = TypeVar("Row", bound=Any)
 HELD_OUT = re.compile(r"val|test|dev|eval", re.IGNORECASE)  # in the name of a file that may not be for training
 SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
@@ -77,3 +79,12 @@ def with_folder_splits(entries: Iterable[Located]) -> Iterator[Located]:
 def with_split(entry: Entry, split: str) -> Entry:
     """Return the entry with this split, if it has no split or an empty one."""
     return entry if entry.get("split") else entry | {"split": split}
+
+
+def with_splits_of_folders(rows: list[Row], names: list[str]) -> list[Row]:
+    """Return the rows with the folders train, val and test of their images as splits, if no row has a split.
+
+    rows: named tuples with a field `split`. names: the image paths of the rows. See `folder_splits`.
+    """
+    folders = [] if any(row.split for row in rows) else folder_splits(names)
+    return [row._replace(split=split) for row, split in zip(rows, folders, strict=True)] if folders else rows
