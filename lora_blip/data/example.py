@@ -147,16 +147,23 @@ class ExampleBuilder:
 
         Store the splits that are the values of another key.
         """
-        if key != "split" and (key in self.like_splits or len(self.like_splits) < MOST_KEYS):
-            split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
-            earlier = self.like_splits.get(key, set())
-            self.like_splits[key] = None if split is None or earlier is None else earlier | {split}
-            return key
         if key != "split":
+            self._store_like_split(key, value)
             return key
         if len(self.unknown_splits) < MOST_SPLITS:
             self.unknown_splits.add(str(value))
         return f"split = {value}" * bool(value) if str(value) in self.unknown_splits else key
+
+    def _store_like_split(self, key: str, value: Any) -> None:
+        """Store the split that is the value of another key, or None if a value of the key is no name of a split."""
+        if key not in self.like_splits and len(self.like_splits) >= MOST_KEYS:
+            return
+        found = self.like_splits.setdefault(key, set())
+        split = SPLITS.get(value.strip().lower()) if found is not None and isinstance(value, str) else None
+        if found is None or split is None:
+            self.like_splits[key] = None
+        else:
+            found.add(split)
 
     def split_warning(self) -> str:
         """Return a warning if no line has a split, and all values of an ignored key are splits, train and another. Else ""."""

@@ -57,9 +57,14 @@ class ModelConfig:
     of_infer: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(InferConfig)) - {"explain"}  # for the error of a flag
 
     def __post_init__(self) -> None:
-        if self.adapter in ("", "none") and not self.model:
+        if self.given_adapter is None and not self.model:
             raise ConfigError(f'adapter is "none", and model is empty; give a base: --model {BASE_OF[self.task]}')
         check_scale(self.scale, self.adapter)
+
+    @property
+    def given_adapter(self) -> str | None:
+        """Return the setting `adapter`, or None for the base alone."""
+        return None if self.adapter in ("", "none") else self.adapter
 
     @property
     def model_flags(self) -> list[str]:
@@ -113,8 +118,8 @@ def check_paths(config: Any) -> None:
     the results of the other images.
     """
     try:
-        if config.adapter not in ("", "none"):
-            runs.locate(config.adapter)
+        if config.given_adapter is not None:
+            runs.locate(config.given_adapter)
     except AdapterError as error:
         raise AdapterError(
             f"{error}; or use a base without an adapter: --adapter none --model {BASE_OF[config.task]}"
@@ -228,7 +233,7 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
     from lora_blip.inference.captioner import Captioner
     from lora_blip.inference.setup import read_adapter
 
-    adapter = None if config.adapter in ("", "none") else read_adapter(config.adapter, task or "auto")
+    adapter = None if config.given_adapter is None else read_adapter(config.given_adapter, task or "auto")
     setting = task_setting(adapter, task)
     captioner = Captioner.from_adapter(adapter, scale=config.scale, base=config.model, device=config.device, task=setting)
     announce(captioner.adapter, captioner.backbone)

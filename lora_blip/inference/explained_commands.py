@@ -28,8 +28,7 @@ def predict_and_explain(config: ModelConfig, images: list[str], question: str = 
     """
     examples = [example_of(image, plain(question)) for image in images]
     require_few(examples)
-    name = None if config.adapter in ("", "none") else config.adapter
-    adapter = given_adapter(name, config.scale, config.task)
+    adapter = given_adapter(config.given_adapter, config.scale, config.task)
     setting = task_setting(adapter, config.task)
     settings = InferConfig(
         adapter=config.adapter if adapter else "none", model=config.model, device=config.device, task=setting

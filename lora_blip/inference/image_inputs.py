@@ -181,14 +181,13 @@ def _check_values(image: Any, name: str) -> None:
         return  # damaged data, and no wrong call: `decode` returns the error of this image alone
     if smallest >= -ROUNDING and largest <= 1 + ROUNDING:
         return
-    fix = "give the image before it is normalized"
+    fix, clip = "give the image before it is normalized", "clamp" if isinstance(image, Tensor) else "clip"
     if smallest >= -OVERSHOOT and largest <= 1 + OVERSHOOT:
-        fix = "clip it, " + ("image.clamp(0, 1)" if isinstance(image, Tensor) else "image.clip(0, 1)")
+        fix = f"clip it, image.{clip}(0, 1)"
     elif smallest >= 0 and largest <= 255:
         fix = "divide it by 255"
-    elif smallest >= -OVERSHOOT * 255 and 1 + OVERSHOOT < largest <= (1 + OVERSHOOT) * 255 and largest > 16:
-        clipped = "image.clamp(0, 255)" if isinstance(image, Tensor) else "image.clip(0, 255)"
-        fix = f"clip it and divide it by 255, {clipped} / 255"
+    elif smallest >= -OVERSHOOT * 255 and 16 < largest <= (1 + OVERSHOOT) * 255:
+        fix = f"clip it and divide it by 255, image.{clip}(0, 255) / 255"
     elif smallest >= 0:
         fix = BY_LARGEST
     raise InputError(f"{name} has values from {smallest:.6g} to {largest:.6g}; a float image has values from 0 to 1: {fix}")

@@ -74,8 +74,9 @@ class Run:
             earlier, state = saved.state.get("identity", {}), saved.state["run"]
             same = earlier.get("training lines") == identity["training lines"]
             self.data_changed = state.get("data_changed", False) or not same
-            self.rescored = state.get("rescored", False) or scores_differ(earlier, identity)
-            if not scores_differ(earlier, identity):  # on every process: each one decides when `patience` is exhausted
+            self.keeps_best = not scores_differ(earlier, identity)
+            self.rescored = state.get("rescored", False) or not self.keeps_best
+            if self.keeps_best:  # on every process: each one decides when `patience` is exhausted
                 self.last_scores, self.best = state["last"], Best.restored(state["best"], config.min_improvement)
         learner.ranks.on_main(lambda: self._open(saved, closing))
         self.folder = learner.ranks.broadcast(self.folder)
@@ -131,7 +132,7 @@ class Run:
         os.truncate(metrics, min(state["metrics"], metrics.stat().st_size))
         self.started -= state["seconds"]
         best = saved.folder / checkpoint.BEST
-        if best.exists() and not scores_differ(saved.state.get("identity", {}), self.identity):
+        if best.exists() and self.keeps_best:
             write_whole(self.folder / BEST_NAME, best.read_bytes())
         else:
             (self.folder / BEST_NAME).unlink(missing_ok=True)  # written after the checkpoint

@@ -94,10 +94,10 @@ def evaluate_line(
 
     examples: the training lines. reading: the result of `reading_flags`, for val_annotations and for the file to write.
     """
+    start = [*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references"]
     if scored and not val_annotations:
-        parts = [*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", annotations, *reading]
         images = "the validation images" if scored == "val" else "the test images"
-        return printable(f"to score it on {images} of {annotations}: {command_line(parts)}")
+        return printable(f"to score it on {images} of {annotations}: {command_line([*start, annotations, *reading])}")
     source = Path(annotations)
     suffixes = [".jsonl"] + [source.suffix] * _is_table(source)
     candidates = [source.parent / f"{name}{suffix}" for suffix in suffixes for name in ("test", "val")]
@@ -123,7 +123,7 @@ def evaluate_line(
     if existing and not _has_columns(existing, reading):
         same_images = root and existing.parent == source.parent and not _has_own_images(existing)
         flags = [ROOT, str(root)] if same_images else []
-    command = command_line([*lora_blip_program(), "evaluate", *adapter_flag(folder), "--references", references, *flags])
+    command = command_line([*start, references, *flags])
     if existing:
         folder_of_same = f"{existing.parent.name}/" * (existing.name == source.name)  # as image_test/annotations.jsonl
         images = f"the images of {folder_of_same}{existing.name}"
