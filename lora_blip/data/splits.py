@@ -15,6 +15,7 @@ from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable
 
 Part = tuple[ExampleBuilder, Lines, Callable[[int, Path], list[str]]]  # of the data: a file, its lines, and its description
+RULES = 2  # version of `lines_for_training`. Adapter files contain it; if they do not, the version is 1
 ONE_GROUP = "choose another column or regex (--group-by), or set VAL_ANNOTATIONS to a file of other images"
 
 
@@ -69,6 +70,17 @@ def lines_without_split(examples: list[Example], lines_by_split: dict[str, list[
         return []
     marked = {id(example) for lines in lines_by_split.values() for example in lines}
     return [example for example in examples if id(example) not in marked]
+
+
+def lines_for_training(examples: list[Example], lines_by_split: dict[str, list[Example]], rules: int = RULES) -> list[Example]:
+    """Return the lines of train. If there are none, return the lines without a known split, or all lines.
+
+    rules: the version of this rule. In version 1, folders of images were no splits. Without a line of train, it used all lines.
+    """
+    if rules == 1:
+        by_folder = folder_splits([example.name for example in examples])
+        return examples if by_folder else lines_by_split.get("train") or examples
+    return lines_by_split.get("train") or lines_without_split(examples, lines_by_split) or examples
 
 
 def one_split_used(source: object, split: str, count: int, total: int) -> str:

@@ -10,7 +10,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import Keys, keys_of
 from lora_blip.data.leaks import Leak, find_leaks
-from lora_blip.data.splits import lines_without_split
+from lora_blip.data.splits import RULES, lines_for_training
 from lora_blip.errors import AdapterError, DataError
 from lora_blip.lora import adapter_file
 from lora_blip.lora.adapter_file import Adapter
@@ -77,7 +77,8 @@ def _search_data_of(adapter: Adapter | None, config: EvaluateConfig, examples: l
     training = adapter.metadata.get("training", {}) if adapter else {}
     settings = _settings_of(adapter)
     root = config.train_image_root or str(settings.get("image_root", ""))
-    found = _search(str(settings.get("annotations", "")), root, _keys_of(settings), config, examples)
+    rules = training.get("data_rules", 1)
+    found = _search(str(settings.get("annotations", "")), root, _keys_of(settings), config, examples, rules)
     return [found, *([LeakSearch([], EARLIER_DATA)] if training.get("data_changed") else [])]
 
 
@@ -92,8 +93,10 @@ def _keys_of(settings: dict[str, Any]) -> Keys:
     return Keys(*(str(settings.get(f"{name}_key", "")) for name in ("image", "text", "question", "answer")))
 
 
-def _search(source: str, root: str, keys: Keys, config: EvaluateConfig, examples: list[Example]) -> LeakSearch:
-    """Search one source of training data."""
+def _search(
+    source: str, root: str, keys: Keys, config: EvaluateConfig, examples: list[Example], rules: int = RULES
+) -> LeakSearch:
+    """Search one source of training data. rules: see `lines_for_training`."""
     if not source:
         return LeakSearch([], "not searched: the training data are unknown; give them with --train-annotations")
     if not (Path(source).exists() or "," in source):  # a comma separates the names of several files
@@ -108,7 +111,7 @@ def _search(source: str, root: str, keys: Keys, config: EvaluateConfig, examples
             source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations",
             splits=splits,
         )  # fmt: skip
-        training = splits.get("train") or lines_without_split(training, splits) or training  # as a training reads them now
+        training = lines_for_training(training, splits, rules)
     except DataError as error:
         if config.train_annotations:
             raise

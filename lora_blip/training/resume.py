@@ -88,7 +88,7 @@ def find(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | None, li
     saved = checkpoint.locate(Path(config.resume))
     changed = _changes_since(saved, config, current)
     if changed and not config.allow_changed:
-        accept = ", or set ALLOW_CHANGED = True (--allow-changed) to resume with it" * _can_be_accepted(changed)
+        accept = ", or set ALLOW_CHANGED = True (--allow-changed) to resume with it" * _can_be_accepted(saved, changed, config)
         raise CheckpointError(
             f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Undo the change"
             f'{accept}, or start a new run: RESUME = "off" (--resume off)'
@@ -141,7 +141,7 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
         return saved, notes + _notes_on_changes(changed)
     if diverged:
         notes.append(f"{diverged[0][0].run} is not resumed: a loss or gradient of its last steps was not finite")
-    return None, notes + ([_note_on_others(others)] if others else [])
+    return None, notes + ([_note_on_others(others, config)] if others else [])
 
 
 def _has_diverged(saved: Saved, config: TrainConfig) -> bool:
@@ -150,13 +150,14 @@ def _has_diverged(saved: Saved, config: TrainConfig) -> bool:
     return isinstance(skipped, int) and skipped >= min(LAST_SKIPPED, config.max_skipped)
 
 
-def _note_on_others(others: list[tuple[Saved, list[str]]]) -> str:
+def _note_on_others(others: list[tuple[Saved, list[str]]], config: TrainConfig) -> str:
     """Return why this start does not resume the newest interrupted run, how to resume it, and the names of the older ones."""
     (saved, changed), *older = others
     earlier = f". Older interrupted runs with other settings: {', '.join(str(each.run) for each, _ in older[:NAMED])}"
     earlier = (earlier + ", …" * (len(older) > NAMED)) * bool(older)
     has_base = not any(change.startswith("base weights") for change in changed)  # with another one, shapes may differ
-    accept = f", or add --resume {quoted_for_shell(str(saved.run))} --allow-changed" * (has_base and _can_be_accepted(changed))
+    accept = f", or add --resume {quoted_for_shell(str(saved.run))} --allow-changed"
+    accept *= has_base and _can_be_accepted(saved, changed, config)
     return (
         f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "
         f"these values back{accept}{earlier}"
@@ -169,8 +170,11 @@ def _changes_since(saved: Saved, config: TrainConfig, current: dict[str, Any]) -
     return differences(earlier, with_automatic_length(config, earlier, current))
 
 
-def _can_be_accepted(changed: list[str]) -> bool:
-    """Return False if the adapters of the checkpoint have other tensors than those of this start."""
+def _can_be_accepted(saved: Saved, changed: list[str], config: TrainConfig) -> bool:
+    """Return False if no step remains, or if the adapters of the checkpoint have other tensors than those of this start."""
+    progress = saved.state["progress"]
+    if progress["epoch"] >= config.epochs or 0 < config.max_steps <= progress["step"]:
+        return False
     reshaping = [change for change in changed if change.startswith(("r was ", "targets was ", "variant was ", "task was "))]
     return all(change.startswith("variant") and "'dora'" not in change for change in reshaping)
 

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.splits import RULES
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError
 from lora_blip.kernels import paths
 from lora_blip.lora import adapter_file
@@ -230,7 +231,7 @@ class Run:
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **extra: Any) -> Path:
         is_validated = self.last_scores.get("step", step) == step  # older checkpoints lack the step
         scores = {key: value for key, value in self.last_scores.items() if is_validated and key != "step"}
-        summary = {"steps": step, **extra, **scores, "settings": stored_settings(self.config)}
+        summary = {"steps": step, **extra, **scores, "settings": stored_settings(self.config), "data_rules": RULES}
         if self.data_changed:
             summary["data_changed"] = True
         if source := self.identity.get("init_adapter"):

@@ -220,6 +220,35 @@ def test_leaks_are_found_and_printed_before_the_scores(checkpoints, here, capsys
     assert len(with_flag["leaks"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("rules", "lines", "found"),
+    [
+        ({}, "folders", 3),  # an earlier version trained on all lines
+        ({"data_rules": 2}, "folders", 0),
+        ({}, "column", 0),
+        ({"data_rules": 2}, "column", 0),
+        ({}, "test only", 3),
+        ({"data_rules": 2}, "test only", 0),
+    ],
+)
+def test_training_data_are_searched_by_the_rules_of_the_training(checkpoints, here, rules, lines, found):
+    """Earlier versions trained on all lines of a table with images in train/ and test/, and on marked test lines."""
+    refs = references(here, 3)
+    marked = {"folders": (), "column": ("train", "test"), "test only": ("test",)}[lines]
+    rows = []
+    for split in ("train", "test"):
+        folder = f"{'' if lines == 'folders' else 'photos_'}{split}"
+        for n in range(3):
+            image = scene(here / folder / f"{n}.png", 200 + n)
+            if split == "test":
+                image.write_bytes((here / "eval" / f"{n}.png").read_bytes())
+            rows.append({"image": f"{folder}/{n}.png", "text": "a"} | ({"split": split} if split in marked else {}))
+    write_lines(here / "all.jsonl", rows)
+    path = adapter_of(checkpoints["blip"], here, settings={"annotations": "all.jsonl", "image_root": ""}, **rules)
+    figures = evaluated(refs, adapter=str(path))[0]
+    assert len(figures["leaks"]) == found, figures["facts"]["leaks"]
+
+
 def test_the_training_data_of_the_initial_adapter_are_searched_too(checkpoints, here, capsys):
     """An adapter that continued another one has learned the images of both trainings."""
     refs = references(here, 3)

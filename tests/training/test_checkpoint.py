@@ -28,7 +28,7 @@ TENSOR = {"parameter/a": torch.arange(6.0).reshape(2, 3)}
 
 def write(run: Path, step: int = 1, age: float = 0.0, keep: int = 2, best: Path | None = None, **identity: Any) -> Path:
     """Write a checkpoint of `run`. age: seconds since the checkpoint folder was last changed."""
-    state = {"identity": {**IDENTITY, **identity}, "run": {"name": run.name}, "progress": {"step": step}}
+    state = {"identity": {**IDENTITY, **identity}, "run": {"name": run.name}, "progress": {"epoch": 0, "step": step}}
     folder = checkpoint.write(run, step, TENSOR, state, best or run / "none", keep)
     when = 1_700_000_000 - age
     os.utime(folder.parent, (when, when))
@@ -175,7 +175,11 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     assert [folder.name for folder in folders] == ["000001_step0", "000002_step7", "000003_step7", "000004_step12"]
     assert sorted(path.name for path in folders[0].parent.iterdir()) == [folder.name for folder in folders[1:]]
     saved = checkpoint.read(folders[1])
-    assert saved.run == tmp_path / "lora_a" and saved.state["progress"] == {"step": 7} and saved.state["identity"] == IDENTITY
+    assert (
+        saved.run == tmp_path / "lora_a"
+        and saved.state["progress"] == {"epoch": 0, "step": 7}
+        and saved.state["identity"] == IDENTITY
+    )
     assert list(saved.tensors()) == list(TENSOR) and torch.equal(saved.tensors()["parameter/a"], TENSOR["parameter/a"])
     assert (folders[1] / BEST).read_bytes() == b"best" and not (folders[3] / BEST).exists()
     assert saved.state["sha256"].keys() == {TENSORS, BEST}
