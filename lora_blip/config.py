@@ -294,6 +294,6 @@ class EvaluateConfig:
         check_prediction(self)
         if not self.references:
             raise ConfigError(
-                "references is empty; in Python, give EvaluateConfig(references='test.jsonl'); otherwise give the annotations "
-                "file with the right texts: --references test.jsonl"
+                "references is empty; give the annotations file with the right texts: --references test.jsonl (in Python: "
+                "EvaluateConfig(references='test.jsonl'))"
             )

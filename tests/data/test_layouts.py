@@ -574,10 +574,10 @@ def test_lines_without_a_split_beside_those_of_the_test_are_for_training(tmp_pat
     assert [e.text for e in lines] == ["a 0", "a 1"]
     search = EvaluateConfig(model="x", adapter="none", references="x", train_annotations=str(source))
     assert "among the 6 images" in search_leaks(search, None, lines).note
-    with pytest.raises(DataError, match=r'it has no split, but other lines have one; add "split": "train"'):
+    with pytest.raises(DataError, match=r'it has no split, but other lines have a split; set "split": "train"'):
         prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
     source.write_text(source.read_text().replace(",\n", ",trainn\n"))
-    with pytest.raises(DataError, match=r"it has no split, but other lines have one"):
+    with pytest.raises(DataError, match=r"its split is .*, but other lines have a split"):
         prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
     source.write_text(source.read_text().replace(",trainn\n", ",test\n"))
     training, validation, _, scored = read_examples(config, CaptionTask(make("blip")))  # all lines are of one split

@@ -28,12 +28,12 @@ from lora_blip.runtime.progress import phase
 from lora_blip.runtime.settings import check, require, setting
 from lora_blip.runtime.system_errors import command_line, long_path_advice
 from lora_blip.runtime.terminal import encodable_output
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import require_folder
 
 DROPPED, IMAGES = "dropped.jsonl", "images"  # IMAGES: the folder of images from Parquet files and shards
 encode = json.JSONEncoder(ensure_ascii=False).encode
-NO_SPLIT = 'it has no split, but other lines have one; add "split": "train", or draw all splits at random (--own-splits false)'
+NO_SPLIT = 'but other lines have a split; set "split": "train", or draw all splits at random (--own-splits false)'
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ def published_splits(data: PreparedData) -> dict[object, str]:
             data.dropped.append(Dropped(row.source, row.at, "unlisted", f"{row.image.path} is in no split of its data set"))
         else:
             other = split_of_image.get(row.image.identity)
-            reason = f"the split of its image is {split} here and {other} in an earlier line" if split else NO_SPLIT
+            own = f"it has no split, {NO_SPLIT}" if row.split is None else f"its split is {quoted(row.split)}, {NO_SPLIT}"
+            reason = f"the split of its image is {split} here and {other} in an earlier line" if split else own
             data.dropped.append(Dropped(row.source, row.at, "fault", reason))
     data.rows[:] = kept
     return split_of_image
@@ -242,8 +243,7 @@ def refuse_faults(data: PreparedData, on_bad_data: str) -> None:
     faults = [dropped for dropped in data.dropped if dropped.category == "fault"]
     listed = "\n".join(first_lines(faults or data.dropped))
     if not data.rows and (message := one_problem([fault.reason for fault in faults])):
-        is_missing = "does not exist" in faults[0].reason
-        fix = "; give the folder of the images (--images FOLDER)" * is_missing
+        fix = "; give the folder of the images (--images FOLDER)" * ("does not exist" in faults[0].reason)
         first = replace(faults[0], reason=in_all_lines(faults[0].reason))
         raise DataError(f"{first_lines([first])[0]} ({message})\nnothing was written{fix}")
     if faults and on_bad_data == "stop":
