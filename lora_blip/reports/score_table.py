@@ -72,6 +72,8 @@ def row_html(row: ReportRow, compared: bool) -> str:
     cells = {"base": interval_html(base, share), "adapted": interval_html(adapted, share), "gain": gain}
     if not compared:
         cells = {"adapted": cells["adapted"]}
+    if note and not (base or adapted):
+        return f'<tr><th scope="row">{escaped(row.name)}</th><td class="note" colspan="{len(cells) + 1}">{note}</td></tr>'
     return (
         f'<tr><th scope="row">{escaped(row.name)}{note}</th>'
         + "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells.items())

@@ -170,7 +170,8 @@ def test_the_score_table_shows_which_model_is_better() -> None:
     assert "25.0 % 20.0 to 30.0 75.0 % 70.0 to 80.0 +50.0 points better" in table[0]
     assert "0.900 0.800 to 1.000 0.500 0.400 to 0.850 −0.400 worse, intervals overlap" in table[1]
     assert "−2.000 better" in table[2] and "overlap" not in table[2]
-    assert "needs Java &lt;i&gt; – – –" in table[3]
+    assert "SPICE needs Java &lt;i&gt; " in table[3] and "–" not in table[3]
+    assert '<th scope="row">SPICE</th><td class="note" colspan="4"><small dir="auto">needs Java' in scores_html(ROWS)
     alone = scores_html(
         [ReportRow("exact match", None, Interval(0.5, 0.4, 0.6)), ReportRow("x", None, Interval(float("nan"), 0, 1))]
     )
