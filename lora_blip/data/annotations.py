@@ -23,7 +23,7 @@ from lora_blip.data.entries import KeyFault, LeftOut, Located, Location, SomeLin
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder, Lines, many_objects
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
-from lora_blip.data.image_paths import moved_images
+from lora_blip.data.image_paths import SEVERAL, moved_images
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.splits import Part, of_one_split
@@ -228,12 +228,14 @@ def _find_moved(
         if isinstance(example, Example) and example.file in moved:
             IMAGE_SLOT.__set__(example, moved[example.file])
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
-        first, (_, _, near) = next(iter(builder.firsts)), next(iter(missing.values())).partition("nearest existing name is ")
+        first, reason = next(iter(builder.firsts)), next(iter(missing.values()))
+        near = reason.partition("nearest existing name is ")[2]
         fix = f"the nearest name there is {near}; correct the names, or " * bool(near)
         fix = long_path_advice(builder.root / first) or f"{fix}set IMAGE_ROOT (--image-root) to the folder of the images"
         fix = columns.swapped([example.text for example in builder.firsts.values()]) or fix
-        text = f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; {quoted(first)} "
-        raise DataError(printable(f"{text}does not exist there; {fix}"))
+        text = f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; "
+        several = reason.removesuffix(SEVERAL) * reason.endswith(SEVERAL)
+        raise DataError(printable(f"{text}{several or f'{quoted(first)} does not exist there'}; {fix}"))
     return missing if decode else {}
 
 

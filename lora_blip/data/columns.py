@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault, SomeLinesError
-from lora_blip.data.several_texts import numbered_names
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault, SomeLinesError, plain_name
+from lora_blip.data.several_texts import listed, numbered_names, numbered_of
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import pasteable, quoted, shorten
@@ -22,6 +22,7 @@ UNKNOWN = re.compile(
 SPECIAL = re.compile(r"[\"$`\\!%]")  # characters that a shell interprets between double quotes
 FEW_COLUMNS = 12  # largest number of columns that a message lists
 COMMON = {"image": IMAGE_KEYS, "text": TEXT_KEYS, "question": ("question",), "answers": ANSWER_KEYS}
+VIA_TABLE = "this is a table of VIA, whose texts are inside JSON; in VIA, export the annotations as JSON, and give this file"
 ALIKE = 0.6  # difflib's ratio of two names that are suggested for each other
 
 
@@ -52,6 +53,48 @@ def near_column(ours: str, name: str, header: Sequence[str]) -> str:
     common = [cell for cell in COMMON[ours] if cell in plain]
     near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE) or common), "")
     return plain.get(near, "")
+
+
+def keys_of_columns(path: Path, number: int, header: list[str], below: list[list[str]], named: Mapping[str, str]) -> list[str]:
+    """Return the key that each column gets in an entry: "image", "text", "question", "answers", or the column's own name.
+
+    named: {our key: name of the column}. The name of numbered columns is the name without the number.
+    Raise DataError if the column of the image or of the text is unknown.
+    """
+    names, lower = list(map(plain_name, header)), [cell.strip().lower() for cell in header]
+    result, taken = list(names), set()
+    for ours, name in named.items():
+        if name.strip().lower() in lower:
+            result[lower.index(name.strip().lower())] = ours
+        elif columns := numbered_of(names, ours, name):
+            known = ANSWER_KEYS if ours == "answers" else TEXT_KEYS  # another column with such a name would be used instead
+            result = ["" if key in known else key for key in result]
+            for index, column in enumerate(columns, 1):
+                result[names.index(column)] = f"{ours.removesuffix('s')}_{index}"
+        else:
+            reason = f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}"
+            several = numbered_names(names, False) if ours == "text" else []
+            fix = f'\nto read {", ".join(several)}, name no text: --text-key ""' if several else meant(ours, name, header)
+            raise DataError(f"{path}:{number}: {reason}{fix}")
+        taken.add(ours)
+    has_question = "question" in result
+    for ours, known in (("image", IMAGE_KEYS), *((("answers", ANSWER_KEYS),) if has_question else (("text", TEXT_KEYS),))):
+        first = next((name for name in known if name in result), None)
+        if ours not in taken and first:
+            result[result.index(first)] = ours
+            taken.add(ours)
+    if "image" not in taken or not ("text" in taken or has_question or numbered_names(result, False)):
+        what = "image" if "image" not in taken else "text"
+        if len(header) == 1:
+            raise DataError(
+                f"{path}:{number}: the table has only one column, {quoted(header[0].strip())}; it needs columns of images and "
+                "of texts, with a comma, a semicolon, a tab or | between them"
+            )
+        raise DataError(
+            f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{described(header, below)}\n"
+            + (VIA_TABLE if "file_attributes" in result else f"name the columns: {flags(header, result, below)}")
+        )
+    return result
 
 
 @contextmanager
@@ -92,7 +135,7 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
     An entry needs one of the names of text and question. It needs the name of the answers only if it has others.
     named: {our key: name in the file}.
     """
-    absent = [ours for ours, name in named.items() if name not in entry]
+    absent = [ours for ours, name in named.items() if name not in entry and not numbered_of(entry, ours, name)]
     contents = [ours for ours in ("text", "question") if ours in named]
     wrong = ["image"] * ("image" in absent) + contents * (set(contents) <= set(absent))
     wrong += ["answers"] * ("answers" in absent and not entry.keys().isdisjoint(ANSWER_KEYS))
@@ -109,7 +152,13 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
 
 
 def renamed(entry: Entry, named: Mapping[str, str]) -> Entry | str:
-    """Return an entry with our keys in place of the names that the user gives, or the reason of `unknown_name`."""
+    """Return an entry with our keys in place of the names that the user gives, or the reason of `unknown_name`.
+
+    Numbered keys become one list: {"text": ["a", "b"]} for {"Satz 1": "a", "Satz 2": "b"}, if the user names "Satz".
+    """
+    for key, name in named.items():
+        if name not in entry and (numbered := numbered_of(entry, key, name)):
+            entry = {each: value for each, value in entry.items() if each not in numbered} | {name: listed(entry, numbered)}
     ours = {name: key for key, name in named.items()}
     return unknown_name(entry, named) or {
         ours.get(key, key): value for key, value in entry.items() if key in ours or key not in ours.values()
@@ -143,6 +192,13 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
         """Return the column that has the key `ours`, or else the one with the largest part of `share`."""
         return keys.index(ours) if ours in keys else max(columns, key=lambda column: (share(column)[part], -column))
 
+    def name_of(ours: str, column: int) -> str:
+        """Return the name of a column, without its number if other columns of texts have the same name with a number."""
+        name = re.sub(r"[\s_-]*\d{1,3}$", "", header[column].strip())
+        columns = [index for index, each in enumerate(header) if each in numbered_of(header, ours, name)]
+        are_texts = all(not share(each)[0] and (share(each)[1] or ours == "answers") for each in columns)
+        return name if len(columns) > 1 and are_texts else header[column]
+
     image = best("image", range(len(header)), 0)
     if numbered_names(keys, False) and "text" not in keys:  # they are read without a flag
         return flag_of("image", header[image])
@@ -155,7 +211,8 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
         text = best("text", others, 1)
         objects = any(_is_json(row[column].strip()) for row in below for column in others)
         pairs.append(("text", -1 if objects and not share(text)[1] else text))
-    return " ".join(flag_of(ours, header[column] if column >= 0 else "COLUMN") for ours, column in pairs if ours not in keys)
+    names = ((ours, name_of(ours, column) if column >= 0 else "COLUMN") for ours, column in pairs if ours not in keys)
+    return " ".join(flag_of(ours, name) for ours, name in names)
 
 
 def _is_json(cell: str) -> bool:

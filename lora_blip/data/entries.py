@@ -35,6 +35,7 @@ NO_ANSWER = 'add "answers", a list of texts, or "answer", a text'
 USUAL_ANSWERS = ("a", "ans", "answer_text", "antwort", "response", "reply", "label")
 OTHER_WORDS = {"type", "id", "source", "url", "date", "category", "license"}  # in keys that contain no answer
 SIMILAR = 0.7  # difflib's ratio of a key and a known key, of which it may be a misspelling
+ONE_LINE_EACH = 'write a line for each: {"image": …, "text": …}, or {"image": …, "question": …, "answers": […]}'
 NOT_UTF8 = "it is not UTF-8 (or contains half a surrogate pair); save the file as UTF-8"
 
 Entry = dict[str, Any]
@@ -149,6 +150,8 @@ def _caption(rest: Entry) -> Entry:
         raise _ValueError(_key_fault(start, rest, no_image=False))
     text = _take(rest, TEXT_KEYS)
     inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
+    if isinstance(text, dict) and not inside:
+        raise _ValueError(f"the text is an object with the keys {shorten(quoted(list(text))[1:-1])}; {ONE_LINE_EACH}")
     return {"text": _tidied("text", text[inside] if inside else text)}
 
 
@@ -156,17 +159,18 @@ def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
     """Return a message about a line without a known key: `start`, its keys, and flags that name the likely ones.
 
     no_image: whether the key of the image is missing too. A likely image is a path of an image file; a likely text is the
-    longest other value.
+    longest other text, or else a list.
     """
     if not rest:
         return start
     strings = {key: value.strip() for key, value in rest.items() if isinstance(value, str)}
     images = [key for key, value in strings.items() if no_image and IMAGE_NAME.fullmatch(value)]
     texts = sorted(strings.keys() - images, key=lambda key: (-len(strings[key]), key))
+    texts += [key for key, value in rest.items() if isinstance(value, list) and value and isinstance(value[0], str | dict)]
     named = [("image", images[0] if images else "")] * no_image
     if rest.keys().isdisjoint(TEXT_KEYS) and (texts or not no_image):
         named.append(("text", texts[0] if texts else ""))
-    asking = next((key for key in texts if strings[key].endswith("?")), "")
+    asking = next((key for key in texts if strings.get(key, "").endswith("?")), "")
     if asking and ("text", texts[0]) in named and "question" not in rest:
         named[-1:] = [("question", asking)]
         if rest.keys().isdisjoint(ANSWER_KEYS):
@@ -184,7 +188,8 @@ def _key_fault(start: str, rest: Entry, no_image: bool) -> str:
     flags = " ".join(f"--{ours}-key {pasteable(quoted_for_shell(key)) if key else 'KEY'}" for ours, key in named)
     changes = [f'write "{ours}" for {quoted(key)}' if key else f'add "{ours}"' for ours, key in named]
     here = f"write {' and '.join(typos)}" if typos else " and ".join(changes)
-    return KeyFault(start, f"name the right one: {flags}", here, may_be_a_typo=bool(typos))
+    replace = "; replace KEY by one of these keys" * flags.endswith(" KEY")
+    return KeyFault(start, f"name the right one: {flags}{replace}", here, may_be_a_typo=bool(typos))
 
 
 def _answer_key(rest: Entry, asking: str) -> str:

@@ -1,7 +1,8 @@
-"""Read several captions of one line: a list, or numbered columns or keys, such as caption_1 to caption_5."""
+"""Read several captions or questions of one line: a list, or numbered columns or keys, such as caption_1 to caption_5."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from lora_blip.data.entries import ANSWER_KEYS, TEXT_KEYS, Entry, Located, Location, first_key, plain_name
 
@@ -13,9 +14,10 @@ def several(at: Location, entry: Entry) -> Iterator[Located]:
     """Yield an entry for each text of a list of texts, such as {"image": …, "captions": ["a cat", "a black cat"]}.
 
     Numbered texts, such as caption_1 and caption_2, are such a list. Numbered answers of a question become its list of answers.
+    A list of questions, such as {"image": …, "qa": [{"question": …, "answer": …}, …]}, gives an entry for each question.
     """
     entry = gathered(entry)
-    key = first_key(entry, TEXT_KEYS)
+    key = first_key(entry, TEXT_KEYS) or questions_key(entry)
     texts = entry[key] if key else None
     if "question" in entry or not key or not isinstance(texts, list) or not texts:
         yield at, entry
@@ -23,7 +25,17 @@ def several(at: Location, entry: Entry) -> Iterator[Located]:
     rest = {name: value for name, value in entry.items() if name != key}
     for text in texts:
         inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
-        yield at, rest | {"text": text[inside] if inside else text}
+        asks = isinstance(text, dict) and "question" in text
+        yield at, rest | (text if asks else {"text": text[inside] if inside else text})
+
+
+def questions_key(entry: Entry) -> str | None:
+    """Return the key of a list of objects with questions, or None if there is none or more than one."""
+    keys = [
+        key for key, value in entry.items()
+        if isinstance(value, list) and value and all(isinstance(each, dict) and "question" in each for each in value)
+    ]  # fmt: skip
+    return keys[0] if len(keys) == 1 else None
 
 
 def numbered(names: Iterable[str], known: Sequence[str]) -> list[str]:
@@ -36,6 +48,14 @@ def numbered(names: Iterable[str], known: Sequence[str]) -> list[str]:
         if (match := NUMBERED.fullmatch(plain_name(name))) and match[1] in known:
             found.setdefault(match[1], []).append(name)
     return next(iter(found.values())) if len(found) == 1 else []
+
+
+def numbered_of(names: Iterable[str], ours: str, name: str) -> list[str]:
+    """Return the columns or keys that a user's name of texts or answers numbers: "Satz 1" and "Satz 2" for "Satz".
+
+    ours: "text" or "answers"; for another key, return [].
+    """
+    return numbered(names, [plain_name(name)]) if ours in ("text", "answers") and name.strip() else []
 
 
 def numbered_names(names: Sequence[str], with_question: bool) -> list[str]:
@@ -54,5 +74,9 @@ def gathered(entry: Entry) -> Entry:
     if not names:
         return entry
     rest = {key: value for key, value in entry.items() if key not in names}
-    values = [entry[name] for name in names if entry[name] is not None and str(entry[name]).strip()]
-    return rest | {"answers" if asks else "texts": values or [""]}
+    return rest | {"answers" if asks else "texts": listed(entry, names)}
+
+
+def listed(entry: Entry, names: Iterable[str]) -> list[Any]:
+    """Return the values of numbered keys without the empty ones, or [""] if all are empty."""
+    return [entry[name] for name in names if entry[name] is not None and str(entry[name]).strip()] or [""]

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from lora_blip.data.columns import INTEGER, described, flags, meant
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located, plain_name
+from lora_blip.data.columns import INTEGER, keys_of_columns
+from lora_blip.data.entries import IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located, plain_name
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
-from lora_blip.data.several_texts import numbered_names, several
-from lora_blip.errors import DataError
+from lora_blip.data.several_texts import numbered_names, numbered_of, several
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
@@ -72,7 +71,7 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
     if reason := _repeated(names):
         yield number, reason
         return
-    columns = _columns(path, number, header, below, keys)
+    columns = keys_of_columns(path, number, header, below, keys.named)
     count, asks = len(header), "question" in columns
     numbered = numbered_names(columns, asks)
     for at, row in chain(first, rows):
@@ -107,8 +106,11 @@ def _has_image(row: list[str]) -> bool:
 
 def has_known_columns(row: list[str], keys: Keys) -> bool:
     """Return True if a row contains the names that the user gives, or else usual names of an image and a text."""
-    named = {name.strip().lower() for name in keys.named.values()}
-    return named <= {cell.strip().lower() for cell in row} if named else is_header(row)
+    cells = {cell.strip().lower() for cell in row}
+    named = keys.named.items()
+    return (
+        all(name.strip().lower() in cells or numbered_of(row, ours, name) for ours, name in named) if named else is_header(row)
+    )
 
 
 def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
@@ -167,9 +169,6 @@ def _is_comment(row: Row) -> bool:
     return isinstance(row[1], list) and bool(row[1]) and row[1][0].startswith("#")
 
 
-VIA_TABLE = "this is a table of VIA, whose texts are inside JSON; in VIA, export the annotations as JSON, and give this file"
-
-
 def is_header(cells: Iterable[str]) -> bool:
     """Return True if the cells contain a known name for the image, and one for the text or the question."""
     names = set(map(plain_name, cells))
@@ -182,41 +181,6 @@ def _is_header_row(header: list[str], below: list[list[str]], needs_header: bool
     if len(header) < 2 or _has_image(header):
         return needs_header and len(header) < 2
     return needs_header or any(IMAGE_NAME.fullmatch(cell.strip()) for row in below for cell in row)
-
-
-def _columns(path: Path, number: int, header: list[str], below: list[list[str]], keys: Keys) -> list[str]:
-    """Return the key that each column gets in an entry: "image", "text", "question", "answers", or the column's own name.
-
-    Raise DataError if the column of the image or of the text is unknown.
-    """
-    names, lower = list(map(plain_name, header)), [cell.strip().lower() for cell in header]
-    result, taken = list(names), set()
-    for ours, name in keys.named.items():
-        if name.strip().lower() not in lower:
-            reason = f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}"
-            several = numbered_names(names, False) if ours == "text" else []
-            fix = f'\nto read {", ".join(several)}, name no text: --text-key ""' if several else meant(ours, name, header)
-            raise DataError(f"{path}:{number}: {reason}{fix}")
-        result[lower.index(name.strip().lower())] = ours
-        taken.add(ours)
-    has_question = "question" in result
-    for ours, known in (("image", IMAGE_KEYS), *((("answers", ANSWER_KEYS),) if has_question else (("text", TEXT_KEYS),))):
-        first = next((name for name in known if name in result), None)
-        if ours not in taken and first:
-            result[result.index(first)] = ours
-            taken.add(ours)
-    if "image" not in taken or not ("text" in taken or has_question or numbered_names(result, False)):
-        what = "image" if "image" not in taken else "text"
-        if len(header) == 1:
-            raise DataError(
-                f"{path}:{number}: the table has only one column, {quoted(header[0].strip())}; it needs columns of images and "
-                "of texts, with a comma, a semicolon, a tab or | between them"
-            )
-        raise DataError(
-            f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{described(header, below)}\n"
-            + (VIA_TABLE if "file_attributes" in result else f"name the columns: {flags(header, result, below)}")
-        )
-    return result
 
 
 def _without_header(rows: Iterable[Row], first: list[Row]) -> Iterator[Located]:

@@ -29,6 +29,7 @@ class BinaryFile(Protocol):
 
 ImageInput: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryFile | Image.Image | np.ndarray[Any, Any] | Tensor"
 
+BASE64 = ("/9j/", "iVBO", "R0lG", "UklG")  # the first letters of a JPEG, PNG, GIF and WebP file in base64
 ACCEPTED = (
     "a path, a PIL image, an array (height, width) or (height, width, 1, 3 or 4), a tensor (height, width) or (1, 3 or 4, "
     "height, width), the bytes of a file, or a file that is open for reading bytes"
@@ -228,6 +229,8 @@ def open_input(image: Any, name: str) -> Image.Image:
         _check_path(path)
         return open_image(path)
     if isinstance(image, bytes | bytearray | memoryview):
+        if bytes(image[:4]).decode("latin-1") in BASE64:
+            raise ImageError(f"{name} is in base64; give its bytes: base64.b64decode(image)")
         return open_image(name, BytesIO(image))
     if isinstance(image, Image.Image):
         return _rgb_copy(image, name)
@@ -238,6 +241,8 @@ def _check_path(path: str) -> None:
     """Raise ImageError with a fix if a text is not the path of one file: empty, a data URL, a folder or a glob."""
     if not path:
         raise ImageError("the path of the image is empty; give the path of a file")
+    if path.startswith(BASE64) and len(path) > LONGEST_QUOTE and not os.path.lexists(path):
+        raise ImageError("the image is a text in base64; give its bytes: base64.b64decode(image)")
     if is_too_long(path):
         raise ImageError(f"{shorten(path)} does not exist: the name is too long for a path")
     if path.startswith("data:"):

@@ -268,7 +268,11 @@ def put(backbone: Loaded | nn.Module, adapter: Adapter, name: str, dormant: bool
     model, dropout = model_of(backbone), adapter.metadata["lora"].get("dropout", 0.0)
     if name in attached.names(model):
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
-    check_fit(model, adapter, dropout)
+    try:
+        check_fit(model, adapter, dropout)
+    except AdapterError as error:
+        fix = f": lora_blip.load_backbone({adapter.base!r})" * str(error).endswith("load that base")
+        raise AdapterError(f"{error}{fix}") from None
     if note := dtype_note(adapter.base_dtype, model):
         print(note, file=sys.stderr, flush=True)
     check_image_size(backbone, adapter)

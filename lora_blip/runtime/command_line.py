@@ -59,7 +59,7 @@ def key_settings(message: str) -> str:
     """
     if Path(sys.argv[0]).name not in SCRIPTS or "lora-blip prepare" in message:
         return ""
-    values = {name: shlex.split(value)[0] for name, value in KEY_FLAGS.findall(message)}
+    values = {name: shlex.split(value)[0] for name, value in KEY_FLAGS.findall(message) if value != "KEY"}  # a placeholder
     lines = [f"{name.upper()}_KEY = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     return "\n".join([f"\nin {Path(sys.argv[0]).name}:", *lines]) if lines else ""
 

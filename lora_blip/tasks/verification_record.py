@@ -1,8 +1,10 @@
 """The record of what `verification` has checked on this machine: one small file for each combination."""
 
+import hashlib
 import json
 import platform
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from lora_blip.runtime.files import cache_folder, write_whole
 from lora_blip.tasks.base import BaseTask
 from lora_blip.tasks.differences import Difference
 from lora_blip.version import __version__
+
+COMPUTING = ("lora", "kernels", "models", "tasks")  # folders of the package
 
 
 def base_of(backbone: Backbone) -> str:
@@ -39,7 +43,17 @@ def key_of(task: BaseTask, base: str, precision: str, settings: dict[str, Any]) 
         "paths": paths.as_json(paths.row()),
         "image size": str(getattr(processor, "size", "")), "settings": settings,
         "torch": torch.__version__, "transformers": transformers.__version__, "lora_blip": __version__,
+        "code": digest_of_code(),
     }  # fmt: skip
+
+
+@cache
+def digest_of_code(package: Path = Path(__file__).parents[1]) -> str:
+    """Return a digest of the files of the package that compute. After an edit of one, all combinations are checked again."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in COMPUTING for path in (package / folder).glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def path_of(key: dict[str, Any]) -> Path:

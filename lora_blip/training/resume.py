@@ -159,8 +159,8 @@ def _note_on_others(others: list[tuple[Saved, list[str]]], config: TrainConfig) 
     accept = f", or add --resume {quoted_for_shell(str(saved.run))} --allow-changed"
     accept *= has_base and _can_be_accepted(saved, changed, config)
     return (
-        f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "
-        f"these values back{accept}{earlier}"
+        f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, undo "
+        f"{'this change' if len(changed) == 1 else 'these changes'}{accept}{earlier}"
     )
 
 

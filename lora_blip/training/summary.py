@@ -34,6 +34,7 @@ FRACTIONS = ("exact_match", "vqa_accuracy", "recall_at_1")  # scores whose large
 TABLES = (".csv", ".tsv")  # text files whose header is read
 FIRST_LINES = 200  # lines of a file that are searched for training images
 WRITTEN_PATH = re.compile(r"[^\",;\t|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif|heic)(?=[\",;\t|]|$)", re.IGNORECASE)
+LITTLE = 0.95  # a validation loss above this part of the first one has hardly changed
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
@@ -58,10 +59,20 @@ def score_line(folder: Path, best: Best, start: str = "base", images: int = 2) -
         seldom *= best.by == "exact_match" and images > 1  # CIDEr of one image is 0
         line += (
             f"\nwarning: no step has a better {score_name(best.by)} than the {start}, so this step was chosen by its loss. "
-            f"{seldom}If all validation images are of one class, hold out images of each class; "
-            f"the last weights are in {ADAPTER_NAME}"
+            f"{_advice_on_loss(base_score(folder / METRICS_NAME, 'loss'), -best.rank[1])}{seldom}If all validation images are "
+            f"of one class, hold out images of each class; the last weights are in {ADAPTER_NAME}"
         )
     return line
+
+
+def _advice_on_loss(before: float | None, after: float) -> str:
+    """Return how the validation loss changed, and what to change if it is the only score that improved."""
+    if before is None:
+        return ""
+    change = f"({before:.4f} → {after:.4f})"
+    if after > LITTLE * before:
+        return f"The loss has hardly changed {change}: train longer (EPOCHS), or with another LR. "
+    return f"The loss fell {change}: train longer (EPOCHS). "
 
 
 def base_score(metrics: Path, by: str) -> float | None:

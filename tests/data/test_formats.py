@@ -417,7 +417,7 @@ def test_a_split_column_is_used_and_one_image_in_two_splits_is_refused(run, tmp_
     with pytest.raises(DataError) as error:
         run(source)
     assert "x.csv:4: the split of its image is test here and train in an earlier line" in str(error.value)
-    assert "x.csv:5: it has no split" in str(error.value) and "x.csv:6: it has no split" in str(error.value)
+    assert "x.csv:5: it has no split" in str(error.value) and "x.csv:6: its split is 'x', but" in str(error.value)
     files = run(source, on_bad_data="skip")
     assert {side: [line["text"] for line in lines] for side, lines in files.items()} == {"train": ["1"], "val": ["2"]}
     assert len(run(source, own_splits=False, output_dir=str(tmp_path / "all"))["train"]) == 5
@@ -630,7 +630,7 @@ def test_a_folder_of_images_elsewhere_is_one_error_and_not_one_a_line(run, tmp_p
 
 def test_a_folder_with_two_data_sets_or_none_is_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="contains no annotations; give the file"):
+    with pytest.raises(DataError, match="contains neither images nor annotations; give the file that lists images and texts"):
         run(tmp_path / "empty")
     for name in ("train2014", "train2017"):
         coco(tmp_path / "two", name, {"a.jpg": ["a"]})

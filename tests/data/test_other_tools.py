@@ -165,7 +165,7 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
     assert read(path, keys=Keys(text="response")) == [("1.png", "", (), "a")]
     path = write(folder / "x.jsonl", [{"filename": "1.png", "label": ["a", "b"]}])
     assert [one[3] for one in read(path, keys=Keys(text="label"))] == ["a", "b"]
-    with pytest.raises(DataError, match=r"has the keys 'label'; name the right one: --text-key KEY"):
+    with pytest.raises(DataError, match=r"has the keys 'label'; name the right one: --text-key label\n"):
         read(path)
     with pytest.raises(DataError, match=r"has the keys 'pic', 'text'; name the right one: --image-key pic\n"):
         read(write(folder / "x.jsonl", [{"pic": "1.png", "text": "a"}]))
@@ -186,7 +186,7 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
             "--image-key imgae --text-key txet",
         ),
         ({"image": "1.png", "txet": "a", "source": "a longer text"}, "write \"text\" for 'txet'", "--text-key source"),
-        ({"image": "1.png", "captoins": ["a", "b"]}, "write \"captions\" for 'captoins'", "--text-key KEY"),
+        ({"image": "1.png", "captoins": ["a", "b"]}, "write \"captions\" for 'captoins'", "--text-key captoins"),
     ],
 )
 def test_a_misspelled_key_in_one_line_is_corrected_in_this_line(folder, line, typo, flag):
@@ -290,8 +290,8 @@ def test_own_keys_of_questions_get_the_flags_of_questions(folder):
         ({"a": "yes", "split": "train"}, "a"),
         ({"a": "no", "answer_type": "yes/no"}, "a"),
         ({"a": "yes", "bbox": [1, 2, 3, 4]}, "a"),
-        ({"one": "yes", "two": "no"}, "KEY"),
-        ({"n": 3}, "KEY"),
+        ({"one": "yes", "two": "no"}, "KEY; replace KEY by one of these keys"),
+        ({"n": 3}, "KEY; replace KEY by one of these keys"),
     ],
 )
 def test_the_key_of_an_answer_is_named_only_if_it_is_clear(folder, rest, answer):

@@ -106,8 +106,52 @@ def test_the_flags_of_a_table_with_numbered_texts_name_only_the_image(folder, ki
         annotations.read(source)
     examples = annotations.read(source, keys=Keys(image="Bild"))[0]
     assert [(example.name, example.text) for example in examples] == TEXTS
+    examples = annotations.read(source, keys=Keys(image="Bild", text="Caption"))[0]  # the name without the numbers
+    assert [(example.name, example.text) for example in examples] == TEXTS
     with pytest.raises(DataError, match=r"to read caption_1, caption_2, caption_3, name no text: --text-key \"\"$"):
-        annotations.read(source, keys=Keys(image="Bild", text="caption"))
+        annotations.read(source, keys=Keys(image="Bild", text="words"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx", "jsonl"])
+@pytest.mark.parametrize("asks", [False, True])
+def test_numbered_columns_of_any_name_are_read_by_their_name(folder, kind, asks):
+    """Before, a flag could name only one of these columns, and the suggested one was empty in some rows."""
+    name = "Antwort" if asks else "Satz"
+    question = {"Frage": "Ist das rot?"} if asks else {}
+    rows: list[dict[str, Any]] = [
+        {"Bild": "0.png", **question, "Titel": "t", f"{name} 1": "ein Würfel", f"{name} 2": ""},
+        {"Bild": "1.png", **question, "Titel": "t", f"{name} 1": "rot", f"{name} 2": "rosa"},
+    ]
+    source = written(folder, kind, rows)
+    if kind != "jsonl":
+        flags = '--question-key "Frage" --answer-key "Antwort"' if asks else '--text-key "Satz"'
+        with pytest.raises(DataError, match=f'name the columns: --image-key "Bild" {flags}$'):
+            annotations.read(source)
+    keys = Keys("Bild", "", "Frage", "Antwort") if asks else Keys("Bild", "Satz", "", "")
+    examples = annotations.read(source, keys=keys)[0]
+    if asks:
+        assert [example.answers for example in examples] == [("ein Würfel",), ("rot", "rosa")]
+    else:
+        assert [(each.name, each.text) for each in examples] == [("0.png", "ein Würfel"), ("1.png", "rot"), ("1.png", "rosa")]
+    with pytest.raises(DataError, match=r"it has no 'Sat'|no column has the name 'Sat'"):
+        annotations.read(source, keys=Keys("Bild", "Sat", "", ""))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "mapping", "parquet"])
+def test_a_list_of_questions_gives_an_entry_for_each(folder, kind):
+    asked = [{"question": "how many?", "answer": "2"}, {"question": "red?", "answer": "yes"}]
+    rows: list[dict[str, Any]] = [{"image": name, "qa_pairs": asked} for name in ("0.png", "1.png")]
+    if kind == "mapping":
+        (folder / "x.json").write_text(json.dumps({row["image"]: row["qa_pairs"] for row in rows}))
+        examples = annotations.read(folder / "x.json")[0]
+    elif kind == "parquet":
+        source = written(folder, kind, rows)
+        prepared = prepare(PrepareConfig(source=str(source), output_dir=str(folder / "out"), images=str(folder), splits="1"))
+        examples = annotations.read(prepared["train"])[0]
+    else:
+        examples = annotations.read(written(folder, kind, rows))[0]
+    pairs = {("how many?", ("2",)), ("red?", ("yes",))}
+    assert len(examples) == 4 and {(each.question, each.answers) for each in examples} == pairs
 
 
 @pytest.mark.parametrize("titles", ["Urlaub 2026;;\n", "Urlaub 2026\n", "Urlaub 2026;;\n;;von Anna\n", '"Urlaub; 2026"\n'])

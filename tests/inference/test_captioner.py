@@ -1,6 +1,7 @@
 """Test `Captioner`: accepted inputs, order and errors of a list, scores, and threads that share it."""
 
 import asyncio
+import base64
 import copy
 import io
 import itertools
@@ -280,6 +281,8 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
         ("nowhere.jpg", "does not exist"), (b"no image", "supported format"), (truncated, "cannot be decoded"),
         (torn, "cannot be decoded"), ("https://x.org/a.png", "download it first: curl -O"),
         ("", "path of the image is empty"), ("data:image/png;base64,AA", "give its bytes: base64.b64decode"),
+        (base64.b64encode(photos[1].read_bytes()).decode() * 9, "in base64; give its bytes: base64.b64decode(image)"),
+        (base64.b64encode(photos[1].read_bytes()), "in base64; give its bytes: base64.b64decode(image)"),
         (str(tmp_path), "is a folder, not an image; give its images: sorted(glob.glob("),
         (str(tmp_path / "*.png"), "is a glob, not an image; give its images: sorted(glob.glob("),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,12 +292,27 @@ def test_a_change_of_the_computation_gives_another_key(make):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification_record.transformers, "__version__", "9.9.9")
         others.append(key())
+        patch.setattr(verification_record, "digest_of_code", lambda: "edited")
+        others.append(key())
     task.backbone.model.config.text_config.num_attention_heads += 1
     others.append(key())
     assert len({same, *others}) == len(others) + 1
     before = key()
     task.backbone.model.config._name_or_path = "elsewhere"
     assert key() == before
+
+
+def test_an_edit_of_the_code_gives_another_digest(tmp_path):
+    """Before, an edit of `LoRA.forward` had no effect on a training, because the fast path had been checked before the edit."""
+    source = Path(verification_record.__file__).parents[1]
+    shutil.copytree(source, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    digest = verification_record.digest_of_code.__wrapped__
+    assert digest(tmp_path / "package") == verification_record.digest_of_code()
+    for name in ("lora/layer.py", "kernels/vit.py"):
+        before = digest(tmp_path / "package")
+        with (tmp_path / "package" / name).open("a") as file:
+            file.write("# edited\n")
+        assert digest(tmp_path / "package") != before
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}}', '"x"', "null"])

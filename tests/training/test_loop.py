@@ -182,7 +182,8 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
     with pytest.raises(TrainingError, match=r"2 steps in a row.*'vision_model\.encoder\.layers\.1\.mlp\.fc1'"):
         train(config)
     (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
-    assert adapter_file.read(path).metadata["training"] | {"settings": 0} == {"steps": 2, "finished": False, "settings": 0}
+    training = adapter_file.read(path).metadata["training"]
+    assert training | {"settings": 0} == {"steps": 2, "finished": False, "settings": 0, "data_rules": 2}
 
 
 @pytest.mark.parametrize(("good", "fails"), [(1, True), (2, False)], ids=["three steps skipped", "two steps skipped"])
@@ -404,8 +405,8 @@ def test_the_end_warns_if_no_step_is_better_than_the_base(checkpoints, tmp_path,
     printed = capsys.readouterr().out
     assert "base 12.5%, best adapter 12.5%, after step 2: " in printed
     assert (
-        "\nwarning: no step has a better exact match than the base, so this step was chosen by its loss. Long captions are"
-        in printed
+        "\nwarning: no step has a better exact match than the base, so this step was chosen by its loss. The loss fell "
+        "(3.0000 → 2.0000): train longer (EPOCHS). Long captions are" in printed
     )
 
 
@@ -788,10 +789,11 @@ def test_cider_of_a_single_validation_image_is_an_error(checkpoints, tmp_path):
     with pytest.raises(ConfigError, match=r"CIDEr is always 0 if there is only one validation image; hold out more images"):
         train(config)
     best = Best("exact_match", 3, rank=(0.0, -1.0))
-    (tmp_path / METRICS_NAME).write_text('{"step": 0, "val_exact_match": 0.0}\n')
+    (tmp_path / METRICS_NAME).write_text('{"step": 0, "val_exact_match": 0.0, "val_loss": 1.0001}\n')
     lines = [summary.score_line(tmp_path, best, images=images) for images in (1, 2)]
     assert ['BEST_BY = "cider"' in line for line in lines] == [False, True]
-    assert all("no step has a better" in line for line in lines)
+    hardly = "The loss has hardly changed (1.0001 → 1.0000): train longer (EPOCHS), or with another LR. "
+    assert all("no step has a better" in line and hardly in line for line in lines)
 
 
 def test_an_impossible_best_by_is_an_error_before_anything_is_written(checkpoints, tmp_path, monkeypatch):

@@ -483,7 +483,7 @@ def test_a_changed_run_without_a_remaining_step_is_an_error(checkpoints, tmp_pat
         train(config)
     run, before = only_run(config), checkpoint.newest(only_run(config))[0]
     notes = resume.find(replace(config, epochs=2), before.state["identity"] | {"epochs": 2})[1]
-    assert "epochs was 4 and is 2. To resume it, set these values back" in notes[0] and "--allow-changed" not in notes[0]
+    assert "epochs was 4 and is 2. To resume it, undo this change" in notes[0] and "--allow-changed" not in notes[0]
     with pytest.raises(CheckpointError, match=r"epochs was 4 and is 2\. Undo the change, or start a new run"):
         train(replace(config, epochs=2, resume=str(run)))
     with pytest.raises(CheckpointError, match=r"no step remains, because the run has done \d+ steps in 3 epochs; set EPOCHS"):
@@ -499,9 +499,9 @@ def test_only_the_newest_interrupted_run_is_described():
     others = [(SimpleNamespace(run=Path(f"runs/{name}"), state=state), ["lr was 0.1 and is 0.2"]) for name in "abcde"]
     assert resume._note_on_others(others[:1], config).endswith("add --resume runs/a --allow-changed")
     for finished in (replace(config, epochs=1), replace(config, max_steps=5)):
-        assert resume._note_on_others(others[:1], finished).endswith("To resume it, set these values back")
+        assert resume._note_on_others(others[:1], finished).endswith("To resume it, undo this change")
     other_base = [(others[0][0], ["base weights are not the same"])]
-    assert resume._note_on_others(other_base, config).endswith("To resume it, set these values back")
+    assert resume._note_on_others(other_base, config).endswith("To resume it, undo this change")
     note = resume._note_on_others(others, config)
     assert note.startswith("runs/a was interrupted") and note.count("because") == 1
     assert note.endswith(". Older interrupted runs with other settings: runs/b, runs/c, runs/d, …")

@@ -277,12 +277,12 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
             f'{CLASS}, the name of the folder, or {NAME}, the name of the file: --template "{TEMPLATE}"'
         )
     if not layout.class_folders or one_folder or not (template or layout.classes):
-        name, sks = (f'{prepare} --template "{each}"' for each in (NAME, "a photo of sks dog"))
+        name, same = (f'{prepare} --template "{each}"' for each in (NAME, "a photo of my dog"))
         raise DataError(
             f"{folder} has {counted(len(layout.images), 'image')} without captions; write each caption to a text file next "
             f"to its image ({Path(first).with_suffix('.txt').as_posix()} for {first}), "
             f"or give a file that contains the captions instead of the folder{table_advice}; if the names of the files are the "
-            f"captions: {name}; for one caption of all images: {sks}; if the images contain their captions (XMP): "
+            f"captions: {name}; for one caption of all images: {same}; if the images contain their captions (XMP): "
             f"cd {quote(str(folder))} && exiftool -csv -r -Description . > captions.csv"
         )
     if not template:

@@ -27,7 +27,7 @@ from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
 from lora_blip.data.images import LARGEST_FILE, is_picture
 from lora_blip.data.prepare.parquet_reader import ADDRESSES, COLUMNS, UNWRITABLE
 from lora_blip.data.prepare.web_addresses import refusal
-from lora_blip.data.several_texts import gathered
+from lora_blip.data.several_texts import gathered, questions_key, several
 from lora_blip.data.shards import StrictTarInfo
 from lora_blip.errors import DataError, FileError
 from lora_blip.runtime.counts import counted
@@ -163,8 +163,8 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
     entry = gathered(entry)
     name = next((key for key in TEXT_KEYS if key in entry), "")
     texts = entry.get(name)
-    if "question" in entry or (not isinstance(texts, list) and name in TEXT_KEYS):
-        yield at, entry
+    if "question" in entry or questions_key(entry) or (not isinstance(texts, list) and name in TEXT_KEYS):
+        yield from several(at, entry)
         return
     rest: Entry = {key: value for key, value in entry.items() if key not in TEXT_KEYS}
     for text in texts if isinstance(texts, list) else [texts] if name else []:
@@ -231,8 +231,8 @@ def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target:
     if caption == "json":
         metadata = parsed(text)
         metadata = metadata if isinstance(metadata, dict) else {}
-        if text_key and (reason := unknown_name(metadata, {"text": text_key})):
-            return reason
+        if text_key and text_key not in metadata:
+            return unknown_name(metadata, {"text": text_key}) or f"it has no {quoted(text_key)}"
         text = metadata.get(text_key or first_key(metadata, ("caption", *TEXT_KEYS)) or "caption")
     content = _content(archive, files[image])
     path = target.absolute() / f"{hashlib.sha256(content).hexdigest()[:24]}.{image}"

@@ -1,6 +1,7 @@
 """Find the files to read in a file, a list of files or a folder."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +14,7 @@ from lora_blip.data.columns import key_flag, renamed
 from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, Located
 from lora_blip.data.formats import NO_KEYS, Keys
+from lora_blip.data.image_folders import walk
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.detection import DOCUMENTS, LINES, TABLES, load
 from lora_blip.data.prepare.folder_layouts import (
@@ -266,7 +268,8 @@ def _lone_files(folder: Path, flag: str) -> list[Path]:
     """
     files = lone_files(folder) or files_in_split_folders(folder)
     if not files:
-        raise DataError(f"{folder} contains no annotations; give the file that has them: {flag} {folder}/captions.csv")
+        lacks = "no annotations" if next(walk(str(folder), Counter()), None) else "neither images nor annotations"
+        raise DataError(f"{folder} contains {lacks}; give the file that lists images and texts, such as {flag} captions.csv")
     if not _is_one_data_set(files):
         names = ", ".join(path.relative_to(folder).as_posix() for path in files[:SHOWN]) + ", …" * (len(files) > SHOWN)
         value, how_many = as_one_value(files), "all"
