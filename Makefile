@@ -90,7 +90,8 @@ EXTRAS_dev := plots,dev
 EXTRAS_docs := plots,docs
 
 .venv/.plots .venv/.dev .venv/.docs: .venv/.%: pyproject.toml constraints.txt
-	@echo "Installing torch, transformers and their libraries into .venv, once: about two minutes, longer with CUDA's libraries."
+	@test -d .venv/lib/python3*/site-packages/torch && echo "Installing further libraries into .venv, once: less than a minute." || \
+		echo "Installing torch, transformers and their libraries into .venv, once: about two minutes, longer with CUDA's libraries."
 	@test -x $(PYTHON) || python3 -m venv .venv
 	@$(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
 		-e '.[$(EXTRAS_$*)]' & pip=$$!; seconds=0; \

@@ -153,8 +153,8 @@ show(figure, "rank")
 
 # %% [markdown]
 # The dotted lines are the lowest possible errors. With r = 1 and r = 2, training ends there. With r = 4 and r = 8, the lowest
-# error is zero, and training ends there too: $B A$ with r = 8 can also have rank 4. Lesson 5 asks which rank the captions of
-# cubes need.
+# error is zero up to rounding, because $B A$ with r = 8 can also have rank 4. Training ends
+# close to zero with both: 400 steps of Adam do not reach the minimum exactly. Lesson 5 asks which rank the captions of cubes need.
 #
 # ## Exercises
 #

@@ -138,8 +138,8 @@ for (model, targets), values in ratios.items():
 #   s is proportional to 1/√r, the norm of Adam's first update of a linear does not depend on r (lesson 4). So adapters on more linears
 #   start with a larger total update. This comparison does not separate the effect of the place from that of the size.
 # - **Norms.** For BLIP, ‖ΔW‖/‖W₀‖ is larger if only q and v are adapted, and it is larger in the last layer than in the first.
-#   The increase from the first layer to the last is smallest if all linears of the text model are adapted: about 8 %, 17 %
-#   and 32 % with the seeds 0, 1 and 2. A larger update is not always a better one: the ViT with q and v has the largest relative updates of BLIP and
+#   The increase from the first layer to the last is smallest if all linears of the text model are adapted: less than 40 %
+#   with the seeds 0, 1 and 2. A larger update is not always a better one: the ViT with q and v has the largest relative updates of BLIP and
 #   the lowest score.
 #
 # These findings hold for the seeds 0, 1 and 2 (`lessons/spread.md` has the numbers, except those of each layer). Some scores depend on

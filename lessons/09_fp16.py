@@ -34,7 +34,7 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 #
 # The loss L is a mean over the label tokens (those whose label is not -100), so each activation gets a small gradient. The better the model and the larger the
 # batch, the smaller it is. Under autocast, the gradients of the outputs of linears are fp16, and the backward pass computes the
-# gradients of the earlier layers from them. What is zero there is lost for the earlier layers too.
+# gradients of the earlier layers from them. If a gradient is rounded to zero there, the earlier layers do not get it either.
 #
 # The remedy is a loss scale S. The backward pass starts with S·L instead of L. The chain rule is linear, so every gradient
 # is multiplied by S. Let g be the gradient of one output before it is rounded, and round(z) the number of fp16 that is nearest to z (if two are equally near, the one whose last bit is 0, so 2⁻²⁵ becomes 0). The backward pass

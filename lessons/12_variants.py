@@ -128,7 +128,7 @@ class PiSSA(Plain):
 # %% [markdown]
 # **LoRA+** (Hayou et al. 2024) is LoRA with two learning rates: the rate of B is λ times that of A. We use λ = 16. The other
 # variants have one rate η. To compare, LoRA+ gets the rate η/4 for A and 4η for B. The geometric mean of the two is η.
-# (In `lora_blip` and peft, the given rate is that of A: here η/4.)
+# (In `lora_blip` and peft, the user gives the rate of A, which is η/4 here.)
 
 
 # %%

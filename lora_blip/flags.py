@@ -99,7 +99,7 @@ def _example(message: str, known: list[Field[Any]], command: str, given: list[st
         wrong = next((separate[at + 1] for at, word in enumerate(separate[:-1]) if word == _flag(name)), "")
         named = ONE_OF.search(message)
         choices = named[1].split(", ") if named else list(map(str, get_args(entry.type)))
-        value = nearest(wrong, choices) or value
+        value = nearest(wrong, choices) or nearest(wrong.lower(), choices) or value
         words = _with_value(given, _flag(name), value) if len(given) <= MOST_WORDS else []
         command = checked(words) or (command and f"{command} {_flag(name)} {quoted_for_shell(value)}")
     return f"; for example: {command}" if command else ""

@@ -70,6 +70,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     with phase("computing the intervals of the scores"):
         rows = outputs.score_rows(comparison, runner.task, config.seed)
     facts = outputs.facts_of(config, adapter, runner, comparison.main, examples) | {"leaks": leak_search.note}
+    facts |= {"tokenizer": token_report} if (token_report := runner.task.unknown_report(examples)) else {}
     warnings = warnings_of(comparison, leak_search, runner.task, examples)
     print(f"\n{outputs.score_table(rows, warnings)}\n")  # before the files, because a full disk can prevent writing them
     files = outputs.write(folder, config, comparison, rows, facts, warnings, leak_search.leaks, adapter)

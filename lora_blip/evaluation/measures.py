@@ -173,7 +173,7 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
             result.columns[name] = Column(values.astype(float).tolist(), rank_images)
             result.scores[name] = result.columns[name].interval(seed)
         for k in retrieval.RECALLS:
-            result.notes[f"R@{k} {direction}"] = f"{(itc_rank <= k).mean():.1%} by ITC alone"
+            result.notes[f"R@{k} {direction}"] = f"{(itc_rank <= k).mean():.1%} by ITC alone, without ITM"
         median = bootstrap.of_statistic(partial(median_at, rank), len(rank), seed=seed)
         result.scores[f"median rank {direction}"] = median
     reranked = min(RERANKED, len(texts))

@@ -5,7 +5,7 @@ A frozen linear computes y = W x + b. LoRA (Hu et al. 2021, arXiv:2106.09685) ad
     y ← y + (alpha / r) · B A x        A: (r, in_features), Kaiming-uniform      B: (out_features, r), zeros
 
 No module is replaced, and the model's code does not change. The adapters of a linear are in its child `linear.lora`. A forward
-hook adds their updates to the output of the linear. Putting an adapter on a linear takes three lines (W is still trainable):
+hook adds their updates to the output of the linear. Putting an adapter on a linear takes three lines. They do not freeze W:
 
     linear.lora = AdapterStack()
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)

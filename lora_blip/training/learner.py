@@ -46,7 +46,7 @@ class Progress:
 
     epoch: int = 0
     group: int = 0  # finished steps of this epoch, including skipped ones
-    slot: int = 0  # number of micro-batches of the unfinished step whose gradients are already accumulated; no `loader.Slot`
+    slot: int = 0  # micro-batches of the unfinished step whose gradients are accumulated (this number is no `loader.Slot`)
     step: int = 0  # updates so far, without skipped steps
     skipped: int = 0  # skipped steps since the last update
     validated: int = -1  # the step of the last validation; -1: none
