@@ -294,6 +294,6 @@ class EvaluateConfig:
         check_prediction(self)
         if not self.references:
             raise ConfigError(
-                "references is empty; give the annotations file with the right texts: --references test.jsonl (in Python: "
-                "EvaluateConfig(references='test.jsonl'))"
+                "references is empty; give the annotations file (in Python: EvaluateConfig(references='test.jsonl')) with the "
+                "right texts: --references test.jsonl"
             )

@@ -277,7 +277,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         lambda b: lora_blip.save_adapter("lora_blip", b, overwrite=True), AdapterError, "is not that of a file",
     ),
     "no references": (
-        lambda _: lora_blip.EvaluateConfig(), ConfigError, r"in Python, give EvaluateConfig\(references='test\.jsonl'\)",
+        lambda _: lora_blip.EvaluateConfig(), ConfigError, r"\(in Python: EvaluateConfig\(references='test\.jsonl'\)\)",
     ),
     "targets first": (
         lambda b: lora_blip.find_targets("vit", b), LoRAError, r'swapped; call lora_blip\.find_targets\(backbone, "vit"\)',

@@ -67,8 +67,8 @@ def keys_of_columns(path: Path, number: int, header: list[str], below: list[list
         if name.strip().lower() in lower:
             result[lower.index(name.strip().lower())] = ours
         elif columns := numbered_of(names, ours, name):
-            known = ANSWER_KEYS if ours == "answers" else TEXT_KEYS  # another column with such a name would be used instead
-            result = ["" if key in known else key for key in result]
+            known = ANSWER_KEYS if ours == "answers" else TEXT_KEYS
+            result = [f"column {key}" if key in known else key for key in result]  # otherwise it would be used instead
             for index, column in enumerate(columns, 1):
                 result[names.index(column)] = f"{ours.removesuffix('s')}_{index}"
         else:

@@ -137,6 +137,15 @@ def test_numbered_columns_of_any_name_are_read_by_their_name(folder, kind, asks)
         annotations.read(source, keys=Keys("Bild", "Sat", "", ""))
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_named_numbered_columns_are_used_instead_of_a_usual_one_which_is_reported(folder, kind):
+    rows = [{"image": "0.png", "caption": "not this", "Satz_1": "a", "Satz_2": "b"}]
+    messages: list[str] = []
+    examples = annotations.read(written(folder, kind, rows), keys=Keys(text="Satz"), report=messages.append)[0]
+    assert [example.text for example in examples] == ["a", "b"]
+    assert "these keys are ignored: " in messages[0] and "caption' (2 lines" in messages[0]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "mapping", "parquet"])
 def test_a_list_of_questions_gives_an_entry_for_each(folder, kind):
     asked = [{"question": "how many?", "answer": "2"}, {"question": "red?", "answer": "yes"}]
