@@ -23,14 +23,14 @@ from lora_blip.data.entries import KeyFault, LeftOut, Located, Location, SomeLin
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder, Lines, many_objects
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
-from lora_blip.data.image_paths import SEVERAL, moved_images
+from lora_blip.data.image_paths import moved_images, same_names, used_root
+from lora_blip.data.image_roots import none_found
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.splits import Part, of_one_split
 from lora_blip.data.summary import LISTED, ReadLines, listing, one_problem
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
-from lora_blip.runtime.system_errors import long_path_advice
 from lora_blip.runtime.untrusted import os_error_reason, printable, printable_lines, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
@@ -200,7 +200,8 @@ def _parts(
 ) -> Iterator[Part]:  # fmt: skip
     """Yield the parsed lines of each file of the data. The parameters are those of `read`."""
     for path, root, entries, describe in sources_of(source, keys, setting, use_splits):
-        builder = ExampleBuilder(path, Path(image_root) if image_root else root, use_splits)
+        builder = ExampleBuilder(path, used_root(path, root, image_root, report), use_splits)
+        builder.own_root = root
         read = entries if groups is None else partial(observed, entries, builder.group_entries, groups)
         yield builder, _parsed(path, read, builder, report), describe
 
@@ -224,18 +225,15 @@ def _find_moved(
     """Set the new paths of moved images in `parsed`. If `decode`, return {image file: reason} for the images not found."""
     firsts = ((name, first.file) for name, first in builder.firsts.items())
     moved, missing = moved_images(firsts, builder.root, find_all, lambda text: report(printable(f"{builder.source}: {text}")))
+    if warning := same_names(builder.root, builder.own_root, builder.firsts):
+        report(printable(f"{builder.source}: {warning}"))
     for example in parsed if moved else ():
         if isinstance(example, Example) and example.file in moved:
             IMAGE_SLOT.__set__(example, moved[example.file])
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
-        first, reason = next(iter(builder.firsts)), next(iter(missing.values()))
-        near = reason.partition("nearest existing name is ")[2]
-        fix = f"the nearest name there is {near}; correct the names, or " * bool(near)
-        fix = long_path_advice(builder.root / first) or f"{fix}set IMAGE_ROOT (--image-root) to the folder of the images"
-        fix = columns.swapped([example.text for example in builder.firsts.values()]) or fix
-        text = f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; "
-        several = reason.removesuffix(SEVERAL) * reason.endswith(SEVERAL)
-        raise DataError(printable(f"{text}{several or f'{quoted(first)} does not exist there'}; {fix}"))
+        fix = columns.swapped([example.text for example in builder.firsts.values()])
+        text = none_found(builder.root, builder.own_root, list(builder.firsts), next(iter(missing.values())), fix)
+        raise DataError(printable(f"{builder.source}: {text}"))
     return missing if decode else {}
 
 

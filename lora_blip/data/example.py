@@ -90,6 +90,7 @@ class ExampleBuilder:
 
     def __init__(self, source: Path, root: Path, use_splits: bool = False) -> None:
         self.source, self.root, self.use_splits = str(source), root, use_splits
+        self.own_root = root  # the folder of the images if IMAGE_ROOT were empty
         self.prefix = "" if str(root) == "." else str(root / "_")[:-1]  # the text before the name in the path of an image
         self.firsts: dict[str, Example] = {}  # image path as written → its first Example
         self.shared: dict[str, str] = {}  # text → the same text: tidy answers, groups and prompts (see `is_tidy`)

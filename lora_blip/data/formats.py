@@ -102,9 +102,9 @@ def describe_encoding(path: Path, table: bool) -> tuple[str, str]:
     return encoding, message
 
 
-def numbered_lines(path: Path, longest: int = LONGEST) -> Iterator[tuple[int, str | None]]:
+def numbered_lines(path: Path, longest: int = LONGEST, encoding: str = "") -> Iterator[tuple[int, str | None]]:
     """Yield (number, line) for each line that is not blank, or (number, None) if it is longer than `longest`."""
-    with open_text(path) as file:
+    with open_text(path, encoding=encoding) as file:
         for number, line in enumerate(bounded(file, longest), 1):
             if len(line) > longest:
                 yield number, None

@@ -1,6 +1,7 @@
 """Find the image file for a path that was written on another machine, or with backslashes, ~ or $HOME."""
 
 import difflib
+import filecmp
 import os
 import re
 import unicodedata
@@ -11,7 +12,7 @@ from pathlib import Path
 from lora_blip.data.images import SUFFIXES
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import missing_file
-from lora_blip.runtime.untrusted import quoted
+from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import TEXT_FILES, local_path, similar_without_suffix
 
 MOST_FILES = 2_000_000  # largest number of files of an image root that are listed
@@ -240,6 +241,38 @@ def _listed(paths: Iterator[str]) -> str:
     some = list(paths)
     more = f" or {len(some) - SHOWN} more" if len(some) > SHOWN else ""
     return " or ".join(quoted(path) for path in some[:SHOWN]) + more
+
+
+def used_root(source: Path, own_root: Path, image_root: str | Path, report: Callable[[str], object]) -> Path:
+    """Return the folder of the images of a source: IMAGE_ROOT, or its own folder. Report if IMAGE_ROOT is not used.
+
+    It is not used for a folder with captions, which contains their images. Images of another folder can have the same names.
+    """
+    if not image_root or not source.is_dir():
+        return Path(image_root) if image_root else own_root
+    if Path(image_root).resolve() != source.resolve():
+        report(printable(f"{source}: IMAGE_ROOT is not used, because the images are in this folder"))
+    return own_root
+
+
+def same_names(root: Path, own_root: Path, written: Iterable[str]) -> str:
+    """Return a warning if the first images are in IMAGE_ROOT and, with other content, also in the usual folder. Otherwise "".
+
+    own_root: the folder of the images if IMAGE_ROOT were empty. written: their paths in the source. IMAGE_ROOT is often that
+    of another file, whose images have the same names.
+    """
+    if own_root.resolve() == root.resolve():
+        return ""
+    pairs = [(root / name, own_root / name) for name in islice(written, SAMPLE) if not os.path.isabs(name)]  # noqa: PTH117
+    try:
+        if not pairs or any(filecmp.cmp(*pair) for pair in pairs):
+            return ""
+    except OSError:  # one of the files does not exist
+        return ""
+    return (
+        f"WARNING: {own_root.absolute()} has images of the same names, and IMAGE_ROOT is used instead: {root.absolute()}. If "
+        'the texts belong to the first ones, set IMAGE_ROOT = "" (--image-root "")'
+    )
 
 
 def moved_images(

@@ -1,5 +1,6 @@
 """Find the images of the setting `images`: a folder, a glob, a list or tar shards."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from lora_blip.data.image_folders import (
     missing,
     walk,
 )
+from lora_blip.data.image_paths import ImageFinder
 from lora_blip.data.images import is_picture, open_image
 from lora_blip.data.shards import BRACES, ShardImage, expanded, images_in_shard, open_shard_image
 from lora_blip.errors import ImageError
@@ -43,16 +45,18 @@ class ImageSource:
     The setting is one of:
     - a folder, with its subfolders, or a folder of shards
     - a glob
-    - a list, relative to its own folder: .txt with a path per line, or .jsonl with the key "image"
+    - a list: .txt with a path per line, or .jsonl with the key "image" (see `ListedImages`)
     - a tar shard, or a pattern such as 'shards/{0000..0031}.tar'
 
     `images.is_picture` decides which files are images. After an iteration, `others` contains the number of other files by
     suffix. The constructor raises ImageError if there is no image.
     """
 
-    def __init__(self, setting: str | Path) -> None:
-        self.setting = local_path(str(setting))
+    def __init__(self, setting: str | Path, image_root: str = "") -> None:
+        """image_root: a folder that the paths of a list may be relative to, besides the folder of the list."""
+        self.setting, self.image_root = local_path(str(setting)), image_root
         self.others: Counter[str] = Counter()
+        self.moved_line = ""  # a message about paths of a list that were found by their last parts; it is set by an iteration
         problem = ""
         for example in self:
             if not isinstance(example, MissingImage):
@@ -82,10 +86,15 @@ class ImageSource:
         if path.is_dir():
             return in_folder(path, others)
         if path.is_file():
-            return LISTS.get(path.suffix.lower(), in_file)(path, others)
+            return self._listed(path, others) if path.suffix.lower() in LISTS else in_file(path, others)
         if BRACES.search(self.setting) and path.suffix == SHARD:
             return chain.from_iterable(images_in_shard(shard, others) for shard in expanded(self.setting))
         return in_glob(self.setting, others)
+
+    def _listed(self, path: Path, others: Counter[str]) -> Iterator[Example]:
+        listed = ListedImages(path, self.image_root)
+        yield from LISTS[path.suffix.lower()](path, listed, others)
+        self.moved_line = printable(listed.describe())
 
     def others_line(self) -> str:
         """Return a line with the number of files that are not images, by suffix, or "" if there are none."""
@@ -135,20 +144,39 @@ def in_folder(folder: Path, others: Counter[str]) -> Iterator[Example]:
     return walk(str(folder), others)
 
 
-def in_text(path: Path, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a list with a path per line, relative to the list's folder."""
+class ListedImages:
+    """Finds the files of a list: relative to its folder, or to `image_root`, or else by the last parts of a path."""
+
+    def __init__(self, path: Path, image_root: str) -> None:
+        self.path = path
+        self.roots = [path.parent, *([Path(local_path(image_root))] if image_root else [])]
+        self.finders = [ImageFinder(root) for root in self.roots]
+
+    def file(self, written: str) -> Path:
+        """Return the path of a file. If no file or several files match, return the path in the first root."""
+        for root in self.roots:
+            if os.path.lexists(path := root / local_path(written)):
+                return path
+        found = (finder.find(written)[0] for finder in self.finders)
+        return Path(next(filter(None, found), self.roots[0] / local_path(written)))
+
+    def describe(self) -> str:
+        """Return a message about the paths that were found by their last parts, or "" if there are none."""
+        texts = filter(None, (finder.describe() for finder in self.finders))
+        return "\n".join(f"{self.path}: {text}" for text in texts)
+
+
+def in_text(path: Path, listed: ListedImages, others: Counter[str]) -> Iterator[Example]:
+    """Yield the images of a list with a path per line."""
     for number, line in numbered_lines(path):
         if line is None:
             yield missing(f"{path}:{number}", f"{path}:{number}: {TOO_LONG}")
         else:
-            yield from in_file(path.parent / local_path(line.strip()), others)
+            yield from in_file(listed.file(line.strip()), others)
 
 
-def in_jsonl(path: Path, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a JSONL file. The value of "image" is a path relative to the file's folder.
-
-    An object may also have a "prompt".
-    """
+def in_jsonl(path: Path, listed: ListedImages, others: Counter[str]) -> Iterator[Example]:
+    """Yield the images of a JSONL file with the paths in the key "image". An object may also have a "prompt"."""
     for number, entry in jsonl_entries(path):
         image = entry if isinstance(entry, str) else next((entry[key] for key in IMAGE_KEYS if key in entry), None)
         if isinstance(entry, str) or not isinstance(image, str) or not image.strip():
@@ -156,8 +184,8 @@ def in_jsonl(path: Path, others: Counter[str]) -> Iterator[Example]:
             yield missing(f"{path}:{number}", f"{path}:{number}: {reason}")
         else:
             prompt = plain(as_text(entry.get("prompt")) or "")
-            examples = in_file(path.parent / local_path(image), others)
+            examples = in_file(listed.file(image), others)
             yield from (replace(example, prompt=prompt) for example in examples) if prompt else examples
 
 
-LISTS: dict[str, Callable[[Path, Counter[str]], Iterator[Example]]] = {".txt": in_text, ".jsonl": in_jsonl}
+LISTS: dict[str, Callable[[Path, ListedImages, Counter[str]], Iterator[Example]]] = {".txt": in_text, ".jsonl": in_jsonl}

@@ -12,10 +12,10 @@ def check_inference(config: InferConfig) -> None:
     from lora_blip.data.annotations import check_columns  # late: both import PIL, which --help does not need
     from lora_blip.data.image_sources import ImageSource
 
-    ImageSource(config.images)
+    require_folder("image_root", config.image_root)
+    ImageSource(config.images, config.image_root)
     if config.references:
         require_annotations(config.references, "references")
-        require_folder("image_root", config.image_root)
         check_columns(config, "references")
     for setting in ("texts", "question"):
         is_file(getattr(config, setting), setting)

@@ -94,8 +94,8 @@ class Output:
         if self.failed and not self.predicted:
             reasons = quoted_for_shell(str(self.folder / ERRORS_NAME))
             raise ImageError(
-                f"no image could be read, of {counted(self.failed, 'image')}; the reasons are in {reasons}; repair the images, "
-                "and start a new run: set OUTPUT_DIR (or --output-dir) to ''"
+                f"no image could be read, of {counted(self.failed, 'image')}; the reasons are in {reasons}; repair the images "
+                "or correct their paths, and start again; if OUTPUT_DIR (--output-dir) is set, give a new folder"
             )
 
     def write(self, results: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:

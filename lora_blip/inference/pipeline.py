@@ -81,8 +81,8 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     with phase(f"counting the images of {config.images}"):
         count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not stop_request.signal, examples))) or 0
     remaining = count - (out.lines_before if out else 0)
-    if others := inputs.images.others_line():
-        print(others)
+    for line in filter(None, (inputs.images.others_line(), inputs.images.moved_line)):
+        print(line)
     start_line = printable(f"{folder}: {out.describe_start() if out else ''}")
     print(describe(task, adapter, remaining, precision), start_line, sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, adapted=False, device="cpu")[0])

@@ -58,7 +58,7 @@ class Inputs:
 
 def read_inputs(config: InferConfig) -> Inputs:
     """Read the image paths, the references, the texts and the adapter. Raise LoraBlipError if one cannot be read."""
-    images = ImageSource(config.images)
+    images = ImageSource(config.images, config.image_root)
     references = read_references(config.references, config.image_root, images, keys_of(config))
     return Inputs(
         images, references, read_texts(config.texts), read_optional_adapter(config.adapter, config.scale, config.runs)

@@ -114,7 +114,7 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     print(printable(f"reading {config.source} …"), flush=True)
     data = PreparedData(f"{output.absolute()}{os.sep}", groups=Groups(config.group_by))
     for source in find_sources(config.source, config.format, keys_of(config), config.template):
-        folder = Folder(Path(config.images) if config.images else source.root)
+        folder = Folder(source.image_root(config.images))
         with phase(
             lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"
         ):  # the lambda is called only inside this block

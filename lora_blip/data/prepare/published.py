@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.entries import SPLITS, Entry, LeftOut, Located, WrittenFloat, as_text
-from lora_blip.data.formats import LONGEST, TOO_LONG, numbered_lines, open_text
+from lora_blip.data.formats import LONGEST, TOO_LONG, numbered_lines, open_text, table_encoding
 from lora_blip.data.json_repair import corrected_reason
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
@@ -183,7 +183,7 @@ def flickr30k_entries(path: Path) -> Iterator[Located]:
     One row of the published results.csv has no second separator. This row is left out.
     """
     separator = ""
-    for number, line in numbered_lines(path):
+    for number, line in numbered_lines(path, encoding=table_encoding(path)):
         if line is None:
             yield number, TOO_LONG
         elif not separator:
@@ -208,7 +208,7 @@ def detokenized(caption: str) -> str:
 
 def _token_entries(path: Path) -> Iterator[Located]:
     """Read Flickr8k.token.txt."""
-    for number, line in numbered_lines(path):
+    for number, line in numbered_lines(path, encoding=table_encoding(path)):
         if line is None:
             yield number, TOO_LONG
         elif match := TOKEN.fullmatch(line.strip()):

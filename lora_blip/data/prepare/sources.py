@@ -83,7 +83,7 @@ class Source:
         format_text, note = self.format, ""
         if self.unpack is None and self.format != "xlsx" and self.path.is_file():
             is_table = self.format in ("csv", "tsv")
-            encoding, note = formats.describe_encoding(self.path, is_table)
+            encoding, note = formats.describe_encoding(self.path, is_table or self.format in ("flickr8k", "flickr30k"))
             delimiter = table_delimiter(self.path, self.format, encoding, self.keys) if is_table else ""
             format_text += f", {DELIMITERS.get(delimiter, repr(delimiter))} between columns" if delimiter else ""
         flags = ", ".join(map(key_flag, self.keys.named))
@@ -108,6 +108,14 @@ class Source:
     def may_lack_images(self) -> bool:
         """Return True for a published data set. In any other source, a missing image is an error."""
         return self.format in PUBLISHED or (self.format == "coco" and bool(YEAR.search(self.path.name)))
+
+    def image_root(self, given: str) -> Path:
+        """Return the folder of the images: `given`, or the default. The images of a folder with captions are in that folder."""
+        if not given or not self.path.is_dir():
+            return Path(given) if given else self.root
+        if Path(given).resolve() != self.path.resolve():
+            self.notes.append(f"--images has no effect: the images are in {self.path}")
+        return self.root
 
     @property
     def root(self) -> Path:
