@@ -19,7 +19,7 @@ from lora_blip.inspection import command as inspection
 from lora_blip.lora import blend_command as blending
 from lora_blip.lora import tune_command
 from lora_blip.lora.tune_command import NoSettings
-from lora_blip.runtime.command_line import key_settings
+from lora_blip.runtime.command_line import key_settings, with_own_program
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.similar_names import nearest
@@ -134,7 +134,7 @@ def print_error(error: Exception) -> None:
     if "Original Traceback" in message:
         message = message.splitlines()[-1].partition(": ")[2]  # from a worker process
     # one write, so that the lines of processes do not mix
-    print(f"error: {printable_lines(message + key_settings(message))}\n", end="", file=sys.stderr)
+    print(f"error: {printable_lines(with_own_program(message + key_settings(message)))}\n", end="", file=sys.stderr)
 
 
 def prepare_settings() -> type:

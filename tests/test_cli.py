@@ -372,6 +372,13 @@ def test_printed_commands_start_a_program_that_the_shell_finds(tmp_path, monkeyp
             assert command_line.program() == words
         monkeypatch.setattr("sys.argv", ["infer.py"])
         assert command_line.lora_blip_program() == [f"{start}python", "-m", "lora_blip"]
+    for started in (str(tmp_path / "bin" / "lora-blip"), "lora-blip", "train.py"):
+        monkeypatch.setenv("PATH", elsewhere)
+        monkeypatch.setattr("sys.argv", [started])
+        message = "train one: lora-blip train; or `lora-blip infer --images a`; see docs/lora-blip or my-lora-blip run"
+        own = {"lora-blip": "lora-blip", "train.py": ".venv/bin/python -m lora_blip"}.get(started, "bin/lora-blip")
+        expected = f"train one: {own} train; or `{own} infer --images a`; see docs/lora-blip or my-lora-blip run"
+        assert command_line.with_own_program(message) == expected
     monkeypatch.setattr("sys.argv", ["gunicorn"])
     assert command_line.program() == [] and command_line.lora_blip_program() == ["lora-blip"]
 

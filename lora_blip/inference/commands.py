@@ -127,7 +127,7 @@ def check_paths(config: Any) -> None:
     if config.model:
         locate_base(config.model)
     if isinstance(config, TextConfig) and config.explain:
-        refuse_unwritable(str(runs.RUNS))
+        refuse_unwritable(str(runs.RUNS), "--explain writes a page into it: start the command in a folder that can be written")
     images = config.images if isinstance(config, CaptionConfig) else [config.image]
     refuse_swapped(config)
     if not any(map(os.path.lexists, expand(images))) and not config.json:

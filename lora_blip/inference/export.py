@@ -64,6 +64,7 @@ def export(config: ExportConfig) -> None:
     """Write the folder. Raise OutputError, and leave no folder, if it computes something else than the adapter on its base."""
     from lora_blip.config import InferConfig
     from lora_blip.inference import export_check, setup
+    from lora_blip.inference.other_runs import base_named_by
     from lora_blip.lora import adapter_file, merging
     from lora_blip.lora.sites import quantization
     from lora_blip.models.bin_weights import with_safetensors
@@ -74,7 +75,8 @@ def export(config: ExportConfig) -> None:
     adapter, folder = adapter_file.read(runs.locate(config.adapter)), Path(config.output_dir)
     refuse_full(folder)
     name = config.model or adapter.base
-    source = locate_model(name)
+    with base_named_by(None if config.model else adapter):
+        source = locate_model(name)
     base_config = load_config(source)
     refuse_t5_fp16(base_config, name, {"float16": "fp16"}.get(config.dtype, "fp32"), "give --dtype bfloat16")
     announce(config, adapter, name, with_safetensors(source, name))

@@ -1,8 +1,10 @@
-"""Find the newest run of a task. Messages name it if a command needs another task than that of the adapter."""
+"""Messages that name another run or base: the newest run of a task, and the base of an adapter that was moved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lora_blip.errors import LoraBlipError
+from lora_blip.errors import LoraBlipError, MissingBaseError
 from lora_blip.inference.arguments import VERBS
 from lora_blip.lora import adapter_file
 from lora_blip.lora.adapter_file import Adapter
@@ -37,3 +39,15 @@ def advice(task: str, given: str, adapter: Adapter | None, folder: str | Path = 
     run = newest_of_task(task, folder)
     other = f"the newest run that {VERBS[task]}: --adapter {quoted_for_shell(run)}" if run else ""
     return "".join(f". {part[0].upper()}{part[1:]}" for part in (named, other) if part)
+
+
+@contextmanager
+def base_named_by(adapter: Adapter | None) -> Iterator[None]:
+    """Add to an error about a missing base that this adapter names it, and how to give its new path."""
+    try:
+        yield
+    except MissingBaseError as error:
+        if adapter is None:
+            raise
+        moved = "if this base was moved, give its new path: --model PATH (in Python: base=PATH)"
+        raise MissingBaseError(f"{error}\nThe adapter {adapter.path} was trained on {adapter.base!r}; {moved}") from None

@@ -10,9 +10,9 @@ from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource, open_example
-from lora_blip.errors import AdapterError, ConfigError, ImageError, MissingBaseError
+from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.inference import output
-from lora_blip.inference.other_runs import advice, newest_of_task
+from lora_blip.inference.other_runs import advice, base_named_by, newest_of_task
 from lora_blip.inference.questions import (
     OtherTaskError,
     WithPrompts,
@@ -153,17 +153,11 @@ def open_task(
     size = config.image_size or (adapter.image_size if adapter else 0)
     if not name:
         raise AdapterError(f"{adapter.path if adapter else ''} names no base; give it: MODEL (--model), or base=… in Python")
-    try:
-        with phase(f"loading {name}"):
-            backbone, precision = open_backbone(
-                name, device or config.device, requested_precision, config.base_dtype, fast=config.fast, image_size=size,
-                trained_dtype=adapter.base_dtype if adapter else "",
-            )  # fmt: skip
-    except MissingBaseError as error:
-        if config.model or adapter is None:
-            raise
-        moved = "if this base was moved, give its new path: --model PATH (in Python: base=PATH)"
-        raise MissingBaseError(f"{error}\nThe adapter {adapter.path} was trained on {name!r}; {moved}") from None
+    with base_named_by(None if config.model else adapter), phase(f"loading {name}"):
+        backbone, precision = open_backbone(
+            name, device or config.device, requested_precision, config.base_dtype, fast=config.fast, image_size=size,
+            trained_dtype=adapter.base_dtype if adapter else "",
+        )  # fmt: skip
     task = task_of(backbone, adapter, config)
     if adapter:
         require_fit(backbone, adapter)

@@ -1,5 +1,6 @@
 """Put adapters on a model, and remove them."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,11 @@ from lora_blip.lora.targets import find
 from lora_blip.lora.variants import check_decomposable
 from lora_blip.runtime.process_state import PROCESS_STATE
 from lora_blip.runtime.untrusted import quoted
+
+KEPT = (
+    "inject: the model already has the adapter {name!r} on these linears. Its weights are kept, and its dropout is now "
+    "{dropout}. For new weights, first call lora_blip.eject(model, {name!r})"
+)
 
 ROUNDING = 1.001  # of the largest value that torch.nn.init.kaiming_uniform_ can draw
 
@@ -84,6 +90,8 @@ def _put_new(model: nn.Module, sites: list[Site], dropout: float, name: str) -> 
             f"first call lora_blip.eject(model, {name!r})"
         )
     check_sites(model, sites, dropout)
+    if present:
+        print(KEPT.format(name=name, dropout=dropout), file=sys.stderr, flush=True)
     for lora in present.values():
         lora.dropout = dropout
     if not present:

@@ -64,5 +64,5 @@ def refuse(unmerged: list[str], path: str = "") -> None:
     raise LoRAError(
         f"save_pretrained would write the adapter {unmerged[0]!r}{where} next to the base's weights, and a model that is "
         "loaded from the folder ignores it. Call lora_blip.merge(model) first, or save the adapter alone: "
-        "lora_blip.save_adapter(path, model)"
+        "lora_blip.save_adapter(path, model). In a Trainer of transformers: save_strategy='no', and save it after the training"
     )

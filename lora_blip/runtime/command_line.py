@@ -20,6 +20,7 @@ READING = re.compile(
     r"""^(IMAGE_ROOT|(?:IMAGE|TEXT|QUESTION|ANSWER)_KEY|GROUP_BY|VAL_ANNOTATIONS|TASK) *= *r?["'](?!auto["'])[^"']""",
     re.MULTILINE,
 )
+COMMAND = re.compile(r"(?<![\w/.-])lora-blip(?= [a-z-])")  # in a message
 LONGEST_SCRIPT = 2**20  # bytes of a file that are searched
 
 
@@ -97,6 +98,12 @@ def lora_blip_program() -> list[str]:
     """Return the words that start a command of lora_blip. If a script runs, `lora-blip` may not be in its PATH."""
     is_script = Path(sys.argv[0]).suffix == ".py"
     return [python(), "-m", "lora_blip"] if is_script else program() or ["lora-blip"]
+
+
+def with_own_program(message: str) -> str:
+    """Return a message whose commands start this installation, if a shell does not find it as `lora-blip`."""
+    is_found = _named("lora-blip", Path(sys.executable).with_name("lora-blip")) == "lora-blip"
+    return message if is_found else COMMAND.sub(lambda _: command_line(lora_blip_program()), message)
 
 
 def this_command(without: Sequence[str] = (), added: Sequence[str] = ()) -> str:

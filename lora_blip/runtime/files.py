@@ -179,8 +179,8 @@ def unused_path(path: Path) -> Path:
     raise ConfigError(f"{path} and 998 numbered names exist; give another output_dir (--output-dir)")
 
 
-def refuse_unwritable(folder: str) -> None:
-    """Raise ConfigError if a folder cannot be created or written. Leave no file behind."""
+def refuse_unwritable(folder: str, fix: str = "give a folder that can be written (--output-dir)") -> None:
+    """Raise ConfigError, whose message ends with `fix`, if a folder cannot be created or written. Leave no file behind."""
     path = Path(folder).absolute()
     existing, reason = path, ""
     try:
@@ -198,7 +198,7 @@ def refuse_unwritable(folder: str) -> None:
         reason = error.strerror or str(error)
     if reason:
         name = "" if existing == path else f"{existing}: "
-        raise ConfigError(f"output_dir = {folder!r}: {name}{reason}; give a folder that can be written (--output-dir)")
+        raise ConfigError(f"output_dir = {folder!r}: {name}{reason}; {fix}")
 
 
 def _with_status(path: Path) -> tuple[Path, os.stat_result] | None:

@@ -509,3 +509,4 @@ def test_the_short_commands_refuse_as_without_explain(config, monkeypatch, capsy
     Path("lora_blip_output").touch()
     status, _, errors = command(monkeypatch, capsys, "caption", "photos/0.png", *base, "--explain")
     assert status == 2 and "lora_blip_output" in errors and "not a folder" in errors
+    assert "start the command in a folder that can be written" in errors and "--output-dir" not in errors  # it has no such flag

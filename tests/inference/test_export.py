@@ -239,6 +239,17 @@ def test_a_tokenizer_that_reads_the_prompt_otherwise_is_refused(checkpoints, tmp
     assert without_files(tmp_path)
 
 
+def test_a_moved_base_is_an_error_that_names_the_flag(checkpoints, tmp_path, monkeypatch):
+    """Before, `export` only asked to download the folder from the hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base_of("blip", checkpoints), "mybase")
+    adapter = adapter_of("mybase", tmp_path / "a.safetensors", "blip")
+    Path("mybase").rename("moved")
+    with pytest.raises(ModelError, match=r"trained on 'mybase'; if this base was moved, give its new path: --model PATH"):
+        exported(adapter, tmp_path / "out")
+    assert exported(adapter, tmp_path / "out", model="moved").is_dir()
+
+
 def test_nothing_is_overwritten(folders, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
