@@ -26,6 +26,14 @@ VIT = r"vision_model\.encoder\.layers\.\d+\."
 TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."
 QFORMER = r"qformer\.encoder\.layer\.\d+\."
 LM = r"language_model\..*(?:layers|block)\.\d+\.(?:layer\.\d+\.)?"
+OTHER_NAMES = {
+    "vision": "vit",
+    "visual": "vit",
+    "vision_model": "vit",
+    "decoder": "text",
+    "encoder": "text",
+    "llm": "lm",
+}  # → preset
 Q, K, V = ("q", 0), ("k", 1), ("v", 2)  # name and number of the thirds of W in a fused qkv
 
 # preset → (regex over the module path, the block of a fused qkv (`Q`, `K`, `V`), or None)
@@ -189,6 +197,8 @@ def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
         return f"{name}[0:{last + 1}]"
     if any(path.endswith(f".{name}") for path in linears):
         return f".*{re.escape('.' + name)}"
+    if counts.get(preset := OTHER_NAMES.get(name.lower(), "")):
+        return preset
     near = difflib.get_close_matches(name.lower(), [preset for preset, count in counts.items() if count], 1)
     return near[0] if near else ""
 

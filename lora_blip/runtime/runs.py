@@ -1,5 +1,6 @@
 """The names of runs and of the files in a run folder, and the search for an adapter."""
 
+import difflib
 import errno
 import json
 import os
@@ -83,9 +84,10 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
     The runs whose names contain the name that was given come first, then the newest ones.
     """
     folder = "" if path.is_absolute() else f" in {str(Path.cwd())!r}"
-    near = nearest_run(path, runs)
+    near, newest = nearest_run(path, runs), newest_runs(runs)
+    near = near or "latest" * bool(newest and difflib.get_close_matches(str(path), ["latest"]))
     meant = f"did you mean {near!r}? Otherwise " if near else ""
-    others = [str(run) for run in newest_runs(runs) if str(run) != near]
+    others = [str(run) for run in newest if str(run) != near]
     similar = [run for run in others if path.name.casefold() in Path(run).name.casefold()]
     others = similar + [run for run in others if run not in similar]
     first = "those with a similar name" if similar else f"the newest of {len(others)}"

@@ -30,6 +30,7 @@ FLAGS = {  # name of a flag or setting → our setting, or "setting=value"; {} i
     "early_stopping_patience": "patience", "data": "annotations", "dataset": "annotations", "train_data": "annotations",
 }  # fmt: skip
 SAME = (("annotations", "references", "source"), ("images", "image_root"))  # names of one thing in different commands
+TASKS = {"itm": "retrieval", "itr": "retrieval", "search": "retrieval", "questions": "vqa", "qa": "vqa"}  # values of TASK
 NEGATIVE_NUMBER = re.compile(r"-\d*\.?\d+.*")
 FALSE = ("false", "0", "no", "off")
 SIMILAR = 0.75  # difflib's ratio of two names that are suggested for each other
@@ -40,7 +41,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
     The result may contain a value: "precision=fp16". Then {} is the value that the user gave to the wrong name.
     """
-    other = (OTHER_NAMES | FLAGS).get(name, name)
+    other = (OTHER_NAMES | FLAGS | TASKS).get(name, name)
     if other.partition("=")[0] in known:
         return other
     for group in SAME:

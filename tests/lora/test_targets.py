@@ -103,6 +103,8 @@ def test_presets_match_the_expected_number_of_linears_in_real_sizes():
         ("text.croos:r=4", "'text.cross'"),
         ("fc1", r"'.*\.fc1'"),
         ("vit[7:9]", "'vit[0:2]'"),
+        ("vision", "'vit'"),
+        ("decoder", "'text'"),
     ],
 )
 def test_a_wrong_target_suggests_the_nearest(make, wrong, near):

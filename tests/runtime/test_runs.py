@@ -56,6 +56,8 @@ def test_a_wrong_name_lists_runs_that_exist(tmp_path: Path, monkeypatch: pytest.
     listed = ", ".join(repr(f"lora_blip_output/{name}") for name in names[6:1:-1])
     assert f"did you mean 'lora_blip_output/{names[7]}'? Otherwise give another run" in str(error.value)
     assert str(error.value).endswith(listed) and "train" not in str(error.value)
+    with pytest.raises(AdapterError, match="did you mean 'latest'"):
+        locate("lastest")
     with pytest.raises(AdapterError) as error:
         read_adapter(f"lora_blip_output/{names[0]}x")
     assert "If it is a base" not in str(error.value)
