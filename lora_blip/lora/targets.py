@@ -195,10 +195,10 @@ def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
     if counts.get(name):  # the preset matches linears, but none in these blocks
         last = max(layer_number(path) for path in linears if re.fullmatch(PRESETS[name][0], path))
         return f"{name}[0:{last + 1}]"
-    if any(path.endswith(f".{name}") for path in linears):
-        return f".*{re.escape('.' + name)}"
     if counts.get(preset := OTHER_NAMES.get(name.lower(), "")):
         return preset
+    if any(path.endswith(f".{name}") for path in linears):
+        return f".*{re.escape('.' + name)}"
     near = difflib.get_close_matches(name.lower(), [preset for preset, count in counts.items() if count], 1)
     return near[0] if near else ""
 
