@@ -1,6 +1,7 @@
 """IMAGE_ROOT: it serves all annotations, is not used for folders with captions, and never changes images silently."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,12 @@ def test_flickr_files_in_another_encoding_are_read_and_reported(tmp_path, capsys
     examples = annotations.read(tmp_path / kind)[0]
     assert [example.text for example in examples] == ["un café", "a cube"]
     assert f"{kind} is read as Windows-1252, and not UTF-8" in capsys.readouterr().out
+    split = tmp_path / "Flickr_8k.trainImages.txt"
+    split.write_text("0.png\n")
+    fix = (
+        "write an image"
+        if kind == "results.csv"
+        else f"give the file with the texts, which uses this list as a split: {tmp_path / kind}"
+    )
+    with pytest.raises(DataError, match=re.escape(f"{split} is a list of images without texts; {fix}")):
+        annotations.read(split)

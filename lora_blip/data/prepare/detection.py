@@ -101,7 +101,11 @@ def _line_format(path: Path, first: str) -> str:
     if any(tables.IMAGE_NAME.fullmatch(first.partition(delimiter)[0].strip()) and delimiter in first for delimiter in ",;|"):
         return "csv"
     if tables.IMAGE_NAME.fullmatch(first):
-        raise DataError(f"{path} is a list of images without texts; write an image, a tab and its text in each line")
+        fix = "write an image, a tab and its text in each line"
+        beside = (path.with_name(name) for name in ("captions.txt", "Flickr8k.token.txt"))
+        if path.name in published.FLICKR8K_LISTS.values() and (texts := next(filter(Path.is_file, beside), None)):
+            fix = f"give the file with the texts, which uses this list as a split: {texts}"
+        raise DataError(f"{path} is a list of images without texts; {fix}")
     raise DataError(f"{path}: the format of this file is unknown; its first line is {first[:60]!r}; {_format_advice(path)}")
 
 
