@@ -12,6 +12,7 @@ from lora_blip.version import __version__
 
 if TYPE_CHECKING:
     from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
+    from lora_blip.errors import *  # noqa: F403  # `__getattr__` finds each error
     from lora_blip.errors import LoraBlipError
     from lora_blip.evaluation.comparison import evaluate
     from lora_blip.inference.captioner import Captioner

@@ -197,7 +197,7 @@ class InferConfig:
     resume: bool = setting(True, "continue an interrupted run in the same OUTPUT_DIR; False: stop if the folder has a run")
     references: str = setting("", "annotations with the right texts; the task's score is then printed", path="always")
     image_root: str = setting(
-        "", "folder that image paths of REFERENCES or of a list are relative to; empty: the folder of the file", path="always"
+        "", "folder that image paths of references or of a list are relative to; empty: the folder of the file", path="always"
     )
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")

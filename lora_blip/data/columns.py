@@ -35,19 +35,24 @@ def described(header: Sequence[str], below: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + [f"  and {len(header) - FEW_COLUMNS} more"] * (len(header) > FEW_COLUMNS))
 
 
-def meant(ours: str, name: str, header: Sequence[str]) -> str:
-    """Return the end of a message with the flag of the column that a wrong name means, or "" if there is none."""
-    near = near_column(ours, name, header)
-    return f"\ndid you mean {flag_of(ours, near)}?" if near else ""
+def meant(wrong: Mapping[str, str], header: Sequence[str]) -> str:
+    """Return the end of a message with the flags of the columns that wrong names mean. A flag is empty if none is similar.
+
+    wrong: {our key: name that the user gives}.
+    """
+    near = {ours: near_column(ours, name, header) for ours, name in wrong.items()}
+    new = " ".join(flag_of(ours, column) if column else f'{key_flag(ours)} ""' for ours, column in near.items())
+    return f"\ndid you mean {new}?" if any(near.values()) else f"\nif the file has no such column: {new}"
 
 
 def near_column(ours: str, name: str, header: Sequence[str]) -> str:
     """Return the column that a wrong name means, or "" if there is none.
 
     It is a similar column, or else one with a common name. A column is similar if one name contains the other, or if difflib
-    finds it. ours: "image", "text", "question" or "answers".
+    finds it. A column with a common name of another key is not meant. ours: "image", "text", "question" or "answers".
     """
-    plain = {cell.strip().casefold(): cell.strip() for cell in header if cell.strip()}
+    others = {cell for key, names in COMMON.items() if key != ours for cell in names}
+    plain = {cell.strip().casefold(): cell.strip() for cell in header if cell.strip() and plain_name(cell) not in others}
     wanted = name.strip().casefold()
     inside = [cell for cell in plain if (len(wanted) > 2 and wanted in cell) or (len(cell) > 2 and cell in wanted)]
     common = [cell for cell in COMMON[ours] if cell in plain]
@@ -74,7 +79,9 @@ def keys_of_columns(path: Path, number: int, header: list[str], below: list[list
         else:
             reason = f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}"
             several = numbered_names(names, False) if ours == "text" else []
-            fix = f'\nto read {", ".join(several)}, name no text: --text-key ""' if several else meant(ours, name, header)
+            wrong = {ours: name for ours, name in named.items() if name.strip().lower() not in lower}
+            rest = [cell for cell in header if cell.strip() not in named.values()]
+            fix = f'\nto read {", ".join(several)}, name no text: --text-key ""' if several else meant(wrong, rest)
             raise DataError(f"{path}:{number}: {reason}{fix}")
         taken.add(ours)
     has_question = "question" in result
@@ -146,7 +153,7 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
     near = near_column(wrong[0], name, others)
     start = f"it has no {quoted(name)}; its keys are {shorten(quoted(list(entry))[1:-1])}"
     if not near:
-        return start
+        return KeyFault(f"{start}; ", f'if the file has no such key: {key_flag(wrong[0])} ""', f"add {quoted(name)}")
     here = f"write {pasteable(json.dumps(name, ensure_ascii=False))} for {quoted(near)}"
     return KeyFault(f"{start}; ", f"did you mean {flag_of(wrong[0], near)}?", here)
 

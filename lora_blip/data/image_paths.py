@@ -11,16 +11,16 @@ from pathlib import Path
 
 from lora_blip.data.images import SUFFIXES
 from lora_blip.runtime.counts import counted
-from lora_blip.runtime.system_errors import missing_file
+from lora_blip.runtime.system_errors import missing_file, quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.runtime.user_paths import TEXT_FILES, local_path, similar_without_suffix
+from lora_blip.runtime.user_paths import TEXT_FILES, local_path, relative_if_below, similar_without_suffix
 
 MOST_FILES = 2_000_000  # largest number of files of an image root that are listed
 SUGGESTED = 20  # missing images whose messages suggest an existing name
 SAMPLE = 64  # images whose paths are searched before the first step if CHECK_IMAGES is "lazy"
 COMPARED = 5000  # largest number of existing names that a suggestion compares
 # the end of a reason: several files match
-SEVERAL = "; write its folder too. If all images are in one of these folders, set IMAGE_ROOT (--image-root) to it"
+SEVERAL = "; write its folder too. If all images are in one of these folders, set IMAGE_ROOT to it: --image-root "
 SHOWN = 3  # largest number of candidates in a message
 COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # COCO 2017 has the same photos without this prefix
 UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file in Label Studio
@@ -68,7 +68,7 @@ class ImageFinder:
         if not path and self.any_case:
             self.any_case.names = self.any_case.names or self._index_in_any_case()
             path, other_reason = self.any_case._search(local_path(written))
-            reason = other_reason if other_reason.endswith(SEVERAL) else reason
+            reason = other_reason if SEVERAL in other_reason else reason
         if not path:
             return "", reason
         self.moved[written] = path
@@ -86,7 +86,9 @@ class ImageFinder:
             if fits:
                 break
         if len(fits) > 1:
-            return "", f"{quoted(written)} may be {_listed(self._relative(name, fit) for fit in fits)}{SEVERAL}"
+            roots = [quoted_for_shell(relative_if_below(self.root.joinpath(*fit))) for fit in fits[:SHOWN]]
+            several = f"{_listed(self._relative(name, fit) for fit in fits)}{SEVERAL}{' or '.join(roots)}"
+            return "", f"{quoted(written)} may be {several}"
         if not fits or not self._is_consistent(written, name, folders, fits[0]):
             return "", self._missing(written, folders)
         return self._relative(name, fits[0]), ""

@@ -54,7 +54,8 @@ def refuse_more(task: str, kind: str, images: Any, others: tuple[Any, ...], opti
     others += tuple(value for name, value in options.items() if name in ("question", "texts"))
     if options and not others:
         raise InputError(
-            f"captioner(image) has no argument {next(iter(options))!r}; options are arguments of Captioner.from_adapter"
+            f"captioner(image) has no argument {next(iter(options))!r}; its only one is strict, and options such as "
+            "max_new_tokens are arguments of Captioner.from_adapter"
         )
     if not others:
         return

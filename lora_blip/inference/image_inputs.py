@@ -243,10 +243,10 @@ def _check_path(path: str) -> None:
         raise ImageError("the path of the image is empty; give the path of a file")
     if path.startswith(BASE64) and len(path) > LONGEST_QUOTE and not os.path.lexists(path):
         raise ImageError("the image is a text in base64; give its bytes: base64.b64decode(image)")
-    if is_too_long(path):
-        raise ImageError(f"{shorten(path)} does not exist: the name is too long for a path")
     if path.startswith("data:"):
         raise ImageError("the image is a data URL; give its bytes: base64.b64decode(url.partition(',')[2])")
+    if is_too_long(path):
+        raise ImageError(f"{shorten(path)} does not exist: the name is too long for a path")
     is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises OSError for a path that is too long)
     if is_folder or ("*" in path and not os.path.lexists(path)):
         pattern, kind = (f"{path.rstrip('/')}/*", "a folder") if is_folder else (path, "a glob")

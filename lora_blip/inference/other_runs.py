@@ -17,9 +17,10 @@ SEARCHED = 100  # largest number of runs whose adapters are read
 def newest_of_task(task: str, folder: str | Path = runs.RUNS, skip_unreadable: bool = True) -> str:
     """Return the newest run in `folder` whose adapter has this task, or "" if the SEARCHED newest have none.
 
+    As for "latest", the run has ended, or was stopped with its progress saved. A run that still trains is left out.
     skip_unreadable: leave out runs that cannot be read. If False, return such a run, because it may be of this task.
     """
-    for run in runs.newest_runs(folder)[:SEARCHED]:
+    for run in runs.newest_runs(folder, [runs.ADAPTER_NAME])[:SEARCHED]:
         try:
             if adapter_file.read(runs.locate(run)).task.get("name") == task:
                 return str(run)

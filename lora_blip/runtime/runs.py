@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import chain
@@ -98,10 +98,13 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
     return AdapterError(f"no adapter at {str(path)!r}{folder}; {meant}{fix}")
 
 
-def newest_runs(runs: str | Path) -> list[Path]:
-    """Return the run folders of `files_of_runs` that have an adapter, the newest first."""
+def newest_runs(runs: str | Path, names: Sequence[str] = (BEST_NAME, ADAPTER_NAME)) -> list[Path]:
+    """Return the run folders of `files_of_runs` that have a file with one of the names, the newest first.
+
+    A run has ADAPTER_NAME when it has ended, or was stopped with its progress saved, and BEST_NAME also before.
+    """
     times: dict[Path, float] = {}
-    for name in (BEST_NAME, ADAPTER_NAME):
+    for name in names:
         for file in files_of_runs(runs, name):
             with suppress(OSError):
                 if stat.S_ISREG((status := file.stat()).st_mode):

@@ -44,7 +44,7 @@ MISSING = {  # path as written → part of the reason
     "fish/2.png": "does not exist; another folder has a file of this name: 'cat/2.png'",
     "/content/fish/2.png": "does not exist",
     "/content/val/cat/3.png": "does not exist; another folder has a file of this name: 'train/cat/3.png'",
-    "1.png": "'1.png' may be 'cat/1.png' or 'dog/1.png'; write its folder too. If all images are in one of these folders, set",
+    "1.png": "'1.png' may be 'cat/1.png' or 'dog/1.png'; write its folder too. If all images are in one of these",
     "cat/11.png": "does not exist; the nearest existing name is 'cat/1.png'",
     "../cat/9.png": "does not exist",
     "C:\\": "does not exist",
@@ -227,7 +227,7 @@ def test_a_path_that_differs_in_capital_letters_is_found(root):
     finder = ImageFinder(root)
     assert finder.find("Cat/1.PNG") == (str(root / "cat/1.png"), "")
     assert finder.find("C:\\data\\DOG\\1.PNG") == (str(root / "dog/1.png"), "")
-    assert finder.find("1.PNG")[1].endswith("may be 'cat/1.png' or 'dog/1.png'" + SEVERAL)
+    assert finder.find("1.PNG")[1].endswith("may be 'cat/1.png' or 'dog/1.png'" + SEVERAL + f"{root / 'cat'} or {root / 'dog'}")
 
 
 def test_two_paths_cannot_be_one_file_in_different_capital_letters(root):

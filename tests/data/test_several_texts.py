@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,35 @@ def test_named_numbered_columns_are_used_instead_of_a_usual_one_which_is_reporte
     examples = annotations.read(written(folder, kind, rows), keys=Keys(text="Satz"), report=messages.append)[0]
     assert [example.text for example in examples] == ["a", "b"]
     assert "these keys are ignored: " in messages[0] and "caption' (2 lines" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "fix"),
+    [
+        ({"Bild": "0.png", "Frage": "q?", "Antwort": "a"}, Keys("Bild", "Bildunterschrift", "Frage", "Antwort"), "text"),
+        ({"image": "0.png", "text": "a"}, Keys("", "", "Frage", "Antwort"), "question"),
+        ({"image": "0.png", "text": "a"}, Keys("image", "", "Frage", ""), "question"),
+        ({"image": "0.png", "question": "q?", "answers": "a"}, Keys("", "Caption", "", ""), "text"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_key_of_earlier_data_gets_the_fix_that_empties_it(folder, kind, row, keys, fix):
+    """Before, the fix named the column of the image, and the next fix another wrong one."""
+    source = written(folder, kind, [row])
+    try:
+        examples = annotations.read(source, keys=keys)[0]
+        assert kind == "jsonl" and keys.question == "Frage" and examples[0].question == "q?"  # one of two names is enough
+    except DataError as error:
+        reason = str(error).partition("\nin ")[0]
+        both = f'--{fix}-key ""' + ' --answer-key ""' * (kind == "csv" and fix == "question" and bool(keys.answer))
+        assert reason.endswith(f"such column: {both}") or f"such key: {both}" in reason
+    assert annotations.read(source, keys=replace(keys, **{fix: "", "answer": keys.answer * (fix == "text")}))[0]
+
+
+def test_all_wrong_columns_are_corrected_at_once(folder):
+    source = written(folder, "csv", [{"Bild": "0.png", "Beschreibung": "a"}])
+    with pytest.raises(DataError, match=r'did you mean --image-key "Bild" --text-key "Beschreibung"\?'):
+        annotations.read(source, keys=Keys("Bilder", "Beschreibungen", "", ""))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "mapping", "parquet"])

@@ -178,7 +178,7 @@ def test_more_arguments_than_images_give_the_right_call(make, photos):
         captioner(image, "what color?")
     with pytest.raises(InputError, match=r"has one argument; call captioner\.answer\(image, "):
         captioner(image, question="what color?")
-    with pytest.raises(TypeError, match=r"captioner\(image\) has no argument 'prompt'; options are arguments of Cap"):
+    with pytest.raises(TypeError, match=r"captioner\(image\) has no argument 'prompt'; its only one is strict, and options"):
         captioner(image, prompt="a")
     with pytest.raises(InputError, match=r"several images need a list: captioner\(\[image, other_image\]\)"):
         captioner(image, image, "photos/1.png")
@@ -281,6 +281,7 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
         ("nowhere.jpg", "does not exist"), (b"no image", "supported format"), (truncated, "cannot be decoded"),
         (torn, "cannot be decoded"), ("https://x.org/a.png", "download it first: curl -O"),
         ("", "path of the image is empty"), ("data:image/png;base64,AA", "give its bytes: base64.b64decode"),
+        ("data:image/png;base64," + "A" * 9999, "is a data URL; give its bytes: base64.b64decode"),
         (base64.b64encode(photos[1].read_bytes()).decode() * 9, "in base64; give its bytes: base64.b64decode(image)"),
         (base64.b64encode(photos[1].read_bytes()), "in base64; give its bytes: base64.b64decode(image)"),
         (str(tmp_path), "is a folder, not an image; give its images: sorted(glob.glob("),
@@ -1194,6 +1195,12 @@ def test_a_damaged_newest_run_is_an_error_and_not_replaced_by_an_older_one(check
         adapter_of(checkpoints["blip"], tmp_path).rename(path)
         os.utime(path, (time.time() - 100 * age,) * 2)
     new = tmp_path / "lora_blip_output/new/adapter.safetensors"
+    training = tmp_path / "lora_blip_output/training/best.safetensors"  # a run that has not ended has only its best weights
+    training.parent.mkdir()
+    shutil.copy(new, training)
+    for task in ("auto", "caption"):
+        opened = Captioner.from_adapter("latest", task=task, device="cpu").adapter
+        assert opened is not None and opened.path.resolve() == new
     damaged = new.read_bytes()[:1000]
     new.write_bytes(damaged)
     with pytest.raises(AdapterError, match=r"new/adapter\.safetensors"):

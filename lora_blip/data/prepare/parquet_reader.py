@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.columns import flag_of, flags, meant
+from lora_blip.data.columns import flag_of, flags, near_column
 from lora_blip.data.entries import IMAGE_KEYS, plain_name
 from lora_blip.runtime.counts import counted
 
@@ -61,7 +61,8 @@ def unknown_column(named: str, schema: Any, batches: Any) -> str:
     columns = [field.name for field in schema if not is_binary(field.type)]
     images = [field.name for field in schema if is_binary(field.type)]
     problem = f"no column has the name {named!r}" if named else "no column has a known name for the image"
-    fix = meant("image", named, schema.names).strip() if named else ""
+    near = near_column("image", named, schema.names) if named else ""
+    fix = f"did you mean {flag_of('image', near)}?" if near else ""
     if not fix and len(images) == 1:
         fix = f"name the column: {flag_of('image', images[0])}"
     rows: list[dict[str, Any]] = [] if fix else next((batch.to_pylist() for batch in batches(columns)), [])
