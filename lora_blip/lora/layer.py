@@ -95,7 +95,7 @@ class AdapterStack(nn.ModuleDict):
 
     @property
     def unmerged(self) -> list[str]:
-        """Return the names of the adapters in `state_dict`: all but the merged ones and those of a `Captioner`."""
+        """Return the names of the adapters in `state_dict`: those that are not merged and belong to no `Captioner`."""
         return [name_of(key) for key in self if not self.is_left_out(key)]
 
     def is_left_out(self, key: str) -> bool:
