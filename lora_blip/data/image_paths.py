@@ -20,7 +20,7 @@ SUGGESTED = 20  # missing images whose messages suggest an existing name
 SAMPLE = 64  # images whose paths are searched before the first step if CHECK_IMAGES is "lazy"
 COMPARED = 5000  # largest number of existing names that a suggestion compares
 # the end of a reason: several files match
-SEVERAL = "; write its folder too. If all images are in one of these folders, set IMAGE_ROOT to it: --image-root "
+SEVERAL = "; write its folder too. If all images are in one of these folders, set IMAGE_ROOT to it, such as --image-root "
 SHOWN = 3  # largest number of candidates in a message
 COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # COCO 2017 has the same photos without this prefix
 UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file in Label Studio
@@ -86,8 +86,8 @@ class ImageFinder:
             if fits:
                 break
         if len(fits) > 1:
-            roots = [quoted_for_shell(relative_if_below(self.root.joinpath(*fit))) for fit in fits[:SHOWN]]
-            several = f"{_listed(self._relative(name, fit) for fit in fits)}{SEVERAL}{' or '.join(roots)}"
+            folder = quoted_for_shell(relative_if_below(self.root.joinpath(*fits[0])))
+            several = f"{_listed(self._relative(name, fit) for fit in fits)}{SEVERAL}{folder}"
             return "", f"{quoted(written)} may be {several}"
         if not fits or not self._is_consistent(written, name, folders, fits[0]):
             return "", self._missing(written, folders)

@@ -17,12 +17,12 @@ def none_found(root: Path, own_root: Path, written: list[str], reason: str, fix:
     own_root: the folder of the images if IMAGE_ROOT were empty. written: their paths in the source. reason: that of the first
     one. fix: a fix to use instead.
     """
-    several, _, roots = reason.partition(SEVERAL) if SEVERAL in reason else ("", "", "")
+    several, _, folder = reason.partition(SEVERAL) if SEVERAL in reason else ("", "", "")
     text = f"none of its images ({len(written):,}) is in {root.absolute()}; "
     text += several or f"{quoted(written[0])} does not exist there"
     near = reason.partition("nearest existing name is ")[2]
     usual = f"the nearest name there is {near}; correct the names, or " * bool(near)
-    usual += "set IMAGE_ROOT (--image-root) to the folder of the images" + f": --image-root {roots}" * bool(roots)
+    usual += "set IMAGE_ROOT (--image-root) to the folder of the images" + f", such as --image-root {folder}" * bool(folder)
     return f"{text}; {fix or long_path_advice(root / written[0]) or _common_root(root, own_root, written) or usual}"
 
 

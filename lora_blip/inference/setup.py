@@ -116,8 +116,15 @@ def read_optional_adapter(name: str, scale: float = 1.0, folder: str | Path = ru
 
 
 def given_adapter(adapter: str | Path | Adapter | None, scale: float, task: str) -> Adapter | None:
-    """Return the adapter that a caller of the API gives, with its scale. Raise AdapterError if there is none at a path."""
+    """Return the adapter that a caller of the API gives, with its scale.
+
+    Raise AdapterError if there is none at a path, or if "latest" is of another task than `task`.
+    """
     content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter, task)
+    own = str(content.task.get("name", task)) if content else task
+    if content and adapter == "latest" and own != task != "auto":
+        newest = f"the newest one is of the task {own}: Captioner.from_adapter({str(content.path.parent)!r})"
+        raise AdapterError(f"no run in {str(runs.RUNS)!r} is of the task {task}; {newest}")
     return content and replace(content, scale=content.scale * check_scale(scale))
 
 

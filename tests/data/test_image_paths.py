@@ -227,7 +227,7 @@ def test_a_path_that_differs_in_capital_letters_is_found(root):
     finder = ImageFinder(root)
     assert finder.find("Cat/1.PNG") == (str(root / "cat/1.png"), "")
     assert finder.find("C:\\data\\DOG\\1.PNG") == (str(root / "dog/1.png"), "")
-    assert finder.find("1.PNG")[1].endswith("may be 'cat/1.png' or 'dog/1.png'" + SEVERAL + f"{root / 'cat'} or {root / 'dog'}")
+    assert finder.find("1.PNG")[1].endswith("may be 'cat/1.png' or 'dog/1.png'" + SEVERAL + str(root / "cat"))
 
 
 def test_two_paths_cannot_be_one_file_in_different_capital_letters(root):

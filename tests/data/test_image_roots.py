@@ -82,7 +82,9 @@ def test_other_images_of_the_same_names_are_reported(tmp_path, monkeypatch):
     (warning,) = [message for message in messages if isinstance(message, str) and "WARNING" in message]
     assert f"{tmp_path / 'val'} has images of the same names, and IMAGE_ROOT is used instead: {tmp_path / 'train'}." in warning
     (tmp_path / "both.csv").write_text("image,text\n0.png,a\n")
-    with pytest.raises(DataError, match="set IMAGE_ROOT to it: --image-root train or val"):  # relative to the working folder
+    with pytest.raises(
+        DataError, match=r"set IMAGE_ROOT to it, such as --image-root train\b"
+    ):  # relative to the working folder
         annotations.read("both.csv")
     with pytest.raises(
         DataError, match=r"'0\.png' may be 'train/0\.png' or 'val/0\.png'; these images are in .*set IMAGE_ROOT to ''"

@@ -1195,6 +1195,11 @@ def test_a_damaged_newest_run_is_an_error_and_not_replaced_by_an_older_one(check
         adapter_of(checkpoints["blip"], tmp_path).rename(path)
         os.utime(path, (time.time() - 100 * age,) * 2)
     new = tmp_path / "lora_blip_output/new/adapter.safetensors"
+    for task in ("vqa", "retrieval"):  # before, the caption run was opened, and answered questions
+        with pytest.raises(
+            AdapterError, match=rf"no run in 'lora_blip_output' is of the task {task}; the newest one is of the task cap"
+        ):
+            Captioner.from_adapter("latest", task=task, device="cpu")
     training = tmp_path / "lora_blip_output/training/best.safetensors"  # a run that has not ended has only its best weights
     training.parent.mkdir()
     shutil.copy(new, training)
