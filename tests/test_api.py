@@ -351,7 +351,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no path to save to": (lambda b: lora_blip.save_adapter(b, "a.safetensors"), AdapterError, "the path comes first"),
     "a base for an adapter": (
         lambda _: from_adapter("Salesforce/blip-vqa-base"), AdapterError,
-        r"If it is a base: Captioner\.from_adapter\(None, base='Salesforce/blip-vqa-base'\)",
+        r"If it is a base: lora_blip\.Captioner\.from_adapter\(None, base='Salesforce/blip-vqa-base'\)",
     ),
     "nothing": (lambda _: from_adapter(None), InputError, "base is empty; give one, such as base="),
     "no from_adapter": (lambda _: lora_blip.Captioner("latest"), InputError, r"Captioner\.from_adapter\('latest'\)"),

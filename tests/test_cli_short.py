@@ -176,7 +176,7 @@ def test_the_newest_run_of_the_wanted_task_is_named(checkpoints, here, monkeypat
     errors = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, "--adapter", adapter, "--device", "cpu")[2]
     assert "The newest run that answers questions: --adapter lora_blip_output/2_vqa\n" in errors
     with pytest.raises(
-        InputError, match=r"For a run of the task caption: Captioner\.from_adapter\('lora_blip_output/1 captions'\)"
+        InputError, match=r"For a run of the task caption: lora_blip\.Captioner\.from_adapter\('lora_blip_output/1 captions'\)"
     ):
         lora_blip.Captioner.from_adapter("latest", device="cpu")("photos/0.png")
 

@@ -35,12 +35,13 @@ def refuse_base(adapter: Any, base: Any, processor: Any) -> None:
     if isinstance(adapter, Loaded | nn.Module):
         raise InputError(
             f"the adapter is of type {type(adapter).__name__}, which is a base; "
-            'call Captioner.from_adapter("latest", base=backbone), or Captioner.from_adapter(None, base=backbone)'
+            'call lora_blip.Captioner.from_adapter("latest", base=backbone), '
+            "or lora_blip.Captioner.from_adapter(None, base=backbone)"
         )
     if processor is not None and not isinstance(base, nn.Module):
         raise InputError(
             "a processor is given, but the base has its own; leave processor out, or give a model of transformers: "
-            "Captioner.from_adapter(…, base=model, processor=processor)"
+            "lora_blip.Captioner.from_adapter(…, base=model, processor=processor)"
         )
     if adapter is None and base in (None, ""):
         raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')

@@ -265,7 +265,7 @@ class Captioner:
         """Raise InputError, whose message gives the right call, if the adapter has another task."""
         if self.task != task:
             run = newest_of_task(task)
-            other = f". For a run of the task {task}: Captioner.from_adapter({run!r})" if run else OTHERS[task]
+            other = f". For a run of the task {task}: lora_blip.Captioner.from_adapter({run!r})" if run else OTHERS[task]
             raise InputError(f"this {self._kind} {VERBS[self.task]}; call {CALLS[self.task]}{other}")
 
     @property
@@ -292,8 +292,8 @@ class Captioner:
         if sum(owner_of(key) == (self.adapter_name or "default") for s in stacks for key in s) < self.sites:
             raise LoRAError(
                 f"the adapter of this captioner, {self.adapter.path}, was removed from its base by lora_blip.eject or "
-                f"lora_blip.bake; open it again: Captioner.from_adapter({str(self.adapter.path)!r}, base=backbone); after "
-                "bake, load the base again first, because its weights have changed"
+                f"lora_blip.bake; open it again: lora_blip.Captioner.from_adapter({str(self.adapter.path)!r}, base=backbone); "
+                "after bake, load the base again first, because its weights have changed"
             )
         if self.shared_adapter and any(stack.merged for stack in stacks):
             raise LoRAError(MERGED)

@@ -122,8 +122,8 @@ def given_adapter(adapter: str | Path | Adapter | None, scale: float, task: str)
     """
     content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter, task)
     own = str(content.task.get("name", task)) if content else task
-    if content and adapter == "latest" and own != task != "auto":
-        newest = f"the newest one is of the task {own}: Captioner.from_adapter({str(content.path.parent)!r})"
+    if content and adapter == "latest" and task in TASKS and own != task:
+        newest = f"the newest one is of the task {own}: lora_blip.Captioner.from_adapter({str(content.path.parent)!r})"
         raise AdapterError(f"no run in {str(runs.RUNS)!r} is of the task {task}; {newest}")
     return content and replace(content, scale=content.scale * check_scale(scale))
 
@@ -142,7 +142,7 @@ def read_adapter(adapter: str | Path, task: str = "auto") -> Adapter:
         looks_like_base = (Path(adapter) / "config.json").is_file() or HUB_NAME.fullmatch(str(adapter))
         if not looks_like_base or Path(adapter).is_file() or Path(adapter).parent == runs.RUNS:
             raise
-        raise AdapterError(f"{error}. If it is a base: Captioner.from_adapter(None, base={str(adapter)!r})") from None
+        raise AdapterError(f"{error}. If it is a base: lora_blip.Captioner.from_adapter(None, base={str(adapter)!r})") from None
 
 
 def open_task(

@@ -46,7 +46,7 @@ def unsupported_kind(model_type: Any, name: str, own_code: bool = False) -> str:
 def refuse_loaded(name: object) -> None:
     """Raise ModelError if a Python caller gives a loaded model instead of the name of a base."""
     if not isinstance(name, str | Path):
-        calls = 'lora_blip.inject(model, "vit") or Captioner.from_adapter(None, base=model)'
+        calls = 'lora_blip.inject(model, "vit") or lora_blip.Captioner.from_adapter(None, base=model)'
         fix = f"it is loaded already: use it as it is, as in {calls}"
         fix = fix if hasattr(name, "named_parameters") or hasattr(name, "model") else "give a hub name or a folder"
         raise ModelError(f"the base is of type {type(name).__name__}; {fix}")

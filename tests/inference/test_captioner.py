@@ -869,7 +869,9 @@ def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monk
     stream = captioner.stream(itertools.repeat("image_test/000.png"))
     next(stream)
     lora_blip.eject(base)
-    again = r"adapter1/adapter\.safetensors, was removed from its base by lora_blip\.eject .* open it again: Captioner"
+    again = (
+        r"adapter1/adapter\.safetensors, was removed from its base by lora_blip\.eject .* open it again: lora_blip\.Captioner"
+    )
     with pytest.raises(LoRAError, match=again):
         captioner("image_test/000.png")
     with pytest.raises(LoRAError, match=again):
@@ -1200,6 +1202,8 @@ def test_a_damaged_newest_run_is_an_error_and_not_replaced_by_an_older_one(check
             AdapterError, match=rf"no run in 'lora_blip_output' is of the task {task}; the newest one is of the task cap"
         ):
             Captioner.from_adapter("latest", task=task, device="cpu")
+    with pytest.raises(ConfigError, match="expected one of auto, caption, vqa, retrieval"):
+        Captioner.from_adapter("latest", task="captions", device="cpu")
     training = tmp_path / "lora_blip_output/training/best.safetensors"  # a run that has not ended has only its best weights
     training.parent.mkdir()
     shutil.copy(new, training)
