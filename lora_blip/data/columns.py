@@ -69,8 +69,8 @@ def keys_of_columns(path: Path, number: int, header: list[str], below: list[list
     names, lower = list(map(plain_name, header)), [cell.strip().lower() for cell in header]
     result, taken = list(names), set()
     for ours, name in named.items():
-        if name.strip().lower() in lower:
-            result[lower.index(name.strip().lower())] = ours
+        if (cell := name.strip().lower()) in lower:
+            result[lower.index(cell)] = ours
         elif columns := numbered_of(names, ours, name):
             known = ANSWER_KEYS if ours == "answers" else TEXT_KEYS
             result = [f"column {key}" if key in known else key for key in result]  # otherwise it would be used instead
@@ -202,7 +202,8 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
     def name_of(ours: str, column: int) -> str:
         """Return the name of a column, without its number if other columns of texts have the same name with a number."""
         name = re.sub(r"[\s_-]*\d{1,3}$", "", header[column].strip())
-        columns = [index for index, each in enumerate(header) if each in numbered_of(header, ours, name)]
+        numbered = numbered_of(header, ours, name)
+        columns = [index for index, each in enumerate(header) if each in numbered]
         are_texts = all(not share(each)[0] and (share(each)[1] or ours == "answers") for each in columns)
         return name if len(columns) > 1 and are_texts else header[column]
 

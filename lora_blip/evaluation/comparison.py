@@ -59,6 +59,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, adapter)
     examples = read_references(config, task, adapter)
+    if token_report := task.unknown_report(examples):
+        print(token_report)
     with phase("searching the training data for these images"):
         leak_search = search_leaks(config, adapter, examples)
     make_folder(folder, exist_ok=bool(config.output_dir))  # now, so that no other run uses this name
@@ -70,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     with phase("computing the intervals of the scores"):
         rows = outputs.score_rows(comparison, runner.task, config.seed)
     facts = outputs.facts_of(config, adapter, runner, comparison.main, examples) | {"leaks": leak_search.note}
-    facts |= {"tokenizer": token_report} if (token_report := runner.task.unknown_report(examples)) else {}
+    facts |= {"tokenizer": token_report} if token_report else {}
     warnings = warnings_of(comparison, leak_search, runner.task, examples)
     print(f"\n{outputs.score_table(rows, warnings)}\n")  # before the files, because a full disk can prevent writing them
     files = outputs.write(folder, config, comparison, rows, facts, warnings, leak_search.leaks, adapter)
@@ -113,7 +115,7 @@ def other_task_named(config: EvaluateConfig, adapter: Adapter | None) -> Iterato
 def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapter | None = None) -> list[Example]:
     """Return the valid lines of the references, those of one split if they have several.
 
-    Print a table of what was read, the split that is scored, and the unknown tokens.
+    Print a table of what was read, and the split that is scored.
     """
     require_folder("image_root", config.image_root)
     with phase(f"reading {config.references}"), other_task_named(config, adapter):
@@ -128,8 +130,6 @@ def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapt
             only=("test", "val"),
             setting="references",
         )
-    if token_report := task.unknown_report(examples):
-        print(token_report)
     return examples
 
 

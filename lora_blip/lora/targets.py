@@ -26,14 +26,9 @@ VIT = r"vision_model\.encoder\.layers\.\d+\."
 TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."
 QFORMER = r"qformer\.encoder\.layer\.\d+\."
 LM = r"language_model\..*(?:layers|block)\.\d+\.(?:layer\.\d+\.)?"
-OTHER_NAMES = {
-    "vision": "vit",
-    "visual": "vit",
-    "vision_model": "vit",
-    "decoder": "text",
-    "encoder": "text",
-    "llm": "lm",
-}  # → preset
+OTHER_NAMES = {  # name in other libraries → preset
+    "vision": "vit", "visual": "vit", "vision_model": "vit", "decoder": "text", "encoder": "text", "llm": "lm",
+}  # fmt: skip
 Q, K, V = ("q", 0), ("k", 1), ("v", 2)  # name and number of the thirds of W in a fused qkv
 
 # preset → (regex over the module path, the block of a fused qkv (`Q`, `K`, `V`), or None)

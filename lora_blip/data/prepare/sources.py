@@ -15,6 +15,7 @@ from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, Located
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import walk
+from lora_blip.data.image_paths import used_root
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.detection import DOCUMENTS, LINES, TABLES, load
 from lora_blip.data.prepare.folder_layouts import (
@@ -111,11 +112,8 @@ class Source:
 
     def image_root(self, given: str) -> Path:
         """Return the folder of the images: `given`, or the default. The images of a folder with captions are in that folder."""
-        if not given or not self.path.is_dir():
-            return Path(given) if given else self.root
-        if Path(given).resolve() != self.path.resolve():
-            self.notes.append(f"--images has no effect: the images are in {self.path}")
-        return self.root
+        unused = f"--images has no effect: the images are in {self.path}"
+        return used_root(self.path, self.root, given, lambda _: self.notes.append(unused))
 
     @property
     def root(self) -> Path:
