@@ -35,14 +35,36 @@ def described(header: Sequence[str], below: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + [f"  and {len(header) - FEW_COLUMNS} more"] * (len(header) > FEW_COLUMNS))
 
 
-def meant(wrong: Mapping[str, str], header: Sequence[str]) -> str:
-    """Return the end of a message with the flags of the columns that wrong names mean. A flag is empty if none is similar.
+def absent(named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Return the part of `named` whose columns or keys are not among `names`, as columns of their own or as numbered ones."""
+    return {ours: name for ours, name in named.items() if name not in names and not numbered_of(names, ours, name)}
 
-    wrong: {our key: name that the user gives}.
+
+def meant(wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Return the columns or keys that wrong names mean, {our key: column}. A column is "" if none is similar.
+
+    The columns of the right names are not meant. Of numbered columns, the name is without the number, or "" if it is a known
+    name of texts: then they are read without a flag. wrong: a part of `named`, which is {our key: name that the user gives}.
     """
-    near = {ours: near_column(ours, name, header) for ours, name in wrong.items()}
+    used = {each for ours, name in named.items() if ours not in wrong for each in (name, *numbered_of(names, ours, name))}
+    rest = [each for each in names if each not in used]
+    near: dict[str, str] = {}
+    for ours, name in wrong.items():
+        column = near_column(ours, name, [each for each in rest if each not in near.values()])
+        near[ours] = without_number(ours, column, names)
+    return near | ({"text": ""} if "text" in near and numbered_names(list(map(plain_name, names)), False) else {})
+
+
+def without_number(ours: str, column: str, names: Sequence[str]) -> str:
+    """Return the name of a column, without its number if other columns have the same name with a number."""
+    name = re.sub(r"[\s_-]*\d{1,3}$", "", column.strip())
+    return name if len(numbered_of(names, ours, name)) > 1 else column
+
+
+def right_flags(near: Mapping[str, str], what: str) -> str:
+    """Return the end of a message with flags for the result of `meant`. what: "column" or "key"."""
     new = " ".join(flag_of(ours, column) if column else f'{key_flag(ours)} ""' for ours, column in near.items())
-    return f"\ndid you mean {new}?" if any(near.values()) else f"\nif the file has no such column: {new}"
+    return f"did you mean {new}?" if any(near.values()) else f"if the file has no such {what}: {new}"
 
 
 def near_column(ours: str, name: str, header: Sequence[str]) -> str:
@@ -58,6 +80,29 @@ def near_column(ours: str, name: str, header: Sequence[str]) -> str:
     common = [cell for cell in COMMON[ours] if cell in plain]
     near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE) or common), "")
     return plain.get(near, "")
+
+
+def no_column(name: str, named: Mapping[str, str], header: list[str], below: list[list[str]]) -> str:
+    """Return the message for a name that no column has. Its flags correct all wrong names of `named`."""
+    columns = [cell.strip() for cell in header]
+    exact = {column.lower(): column for column in reversed(columns)}
+    named = {ours: exact.get(each.strip().lower(), each) for ours, each in named.items()}
+    near = meant(absent(named, columns), named, columns)
+    numbered = numbered_names(list(map(plain_name, header)), False)
+    read = f'to read {", ".join(numbered)}, name no text: {key_flag("text")} ""'
+    fix = read if numbered and near == {"text": ""} else right_flags(near, "column")
+    return f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}\n{fix}"
+
+
+def no_known_column(what: str, header: list[str], keys: list[str], below: list[list[str]]) -> str:
+    """Return the message for a table whose columns have no known name of images or of texts. what: "image" or "text"."""
+    if len(header) == 1:
+        return (
+            f"the table has only one column, {quoted(header[0].strip())}; it needs columns of images and "
+            "of texts, with a comma, a semicolon, a tab or | between them"
+        )
+    fix = VIA_TABLE if "file_attributes" in keys else f"name the columns: {flags(header, keys, below)}"
+    return f"no column has a known name for the {what}; the columns are:\n{described(header, below)}\n{fix}"
 
 
 def keys_of_columns(path: Path, number: int, header: list[str], below: list[list[str]], named: Mapping[str, str]) -> list[str]:
@@ -77,12 +122,7 @@ def keys_of_columns(path: Path, number: int, header: list[str], below: list[list
             for index, column in enumerate(columns, 1):
                 result[names.index(column)] = f"{ours.removesuffix('s')}_{index}"
         else:
-            reason = f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}"
-            several = numbered_names(names, False) if ours == "text" else []
-            wrong = {ours: name for ours, name in named.items() if name.strip().lower() not in lower}
-            rest = [cell for cell in header if cell.strip() not in named.values()]
-            fix = f'\nto read {", ".join(several)}, name no text: --text-key ""' if several else meant(wrong, rest)
-            raise DataError(f"{path}:{number}: {reason}{fix}")
+            raise DataError(f"{path}:{number}: {no_column(name, named, header, below)}")
         taken.add(ours)
     has_question = "question" in result
     for ours, known in (("image", IMAGE_KEYS), *((("answers", ANSWER_KEYS),) if has_question else (("text", TEXT_KEYS),))):
@@ -91,15 +131,8 @@ def keys_of_columns(path: Path, number: int, header: list[str], below: list[list
             result[result.index(first)] = ours
             taken.add(ours)
     if "image" not in taken or not ("text" in taken or has_question or numbered_names(result, False)):
-        what = "image" if "image" not in taken else "text"
-        if len(header) == 1:
-            raise DataError(
-                f"{path}:{number}: the table has only one column, {quoted(header[0].strip())}; it needs columns of images and "
-                "of texts, with a comma, a semicolon, a tab or | between them"
-            )
         raise DataError(
-            f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{described(header, below)}\n"
-            + (VIA_TABLE if "file_attributes" in result else f"name the columns: {flags(header, result, below)}")
+            f"{path}:{number}: {no_known_column('image' if 'image' not in taken else 'text', header, result, below)}"
         )
     return result
 
@@ -142,20 +175,21 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
     An entry needs one of the names of text and question. It needs the name of the answers only if it has others.
     named: {our key: name in the file}.
     """
-    absent = [ours for ours, name in named.items() if name not in entry and not numbered_of(entry, ours, name)]
+    lacks = absent(named, list(entry))
     contents = [ours for ours in ("text", "question") if ours in named]
-    wrong = ["image"] * ("image" in absent) + contents * (set(contents) <= set(absent))
-    wrong += ["answers"] * ("answers" in absent and not entry.keys().isdisjoint(ANSWER_KEYS))
+    needed = ["image", *contents * (set(contents) <= lacks.keys()), *["answers"] * (not entry.keys().isdisjoint(ANSWER_KEYS))]
+    wrong = {ours: lacks[ours] for ours in needed if ours in lacks}
     if not wrong:
         return ""
-    name = named[wrong[0]]
-    others = [key for key in entry if key not in named.values()]
-    near = near_column(wrong[0], name, others)
-    start = f"it has no {quoted(name)}; its keys are {shorten(quoted(list(entry))[1:-1])}"
-    if not near:
-        return KeyFault(f"{start}; ", f'if the file has no such key: {key_flag(wrong[0])} ""', f"add {quoted(name)}")
-    here = f"write {pasteable(json.dumps(name, ensure_ascii=False))} for {quoted(near)}"
-    return KeyFault(f"{start}; ", f"did you mean {flag_of(wrong[0], near)}?", here)
+    near = meant(wrong, named, list(entry))
+    start = f"it has no {' and no '.join(map(quoted, wrong.values()))}; its keys are {shorten(quoted(list(entry))[1:-1])}; "
+    here = (
+        f"write {pasteable(json.dumps(name, ensure_ascii=False))} for {quoted(near[ours])}"
+        if near[ours]
+        else f"add {quoted(name)}"
+        for ours, name in wrong.items()
+    )
+    return KeyFault(start, right_flags(near, "key"), " and ".join(here))
 
 
 def renamed(entry: Entry, named: Mapping[str, str]) -> Entry | str:
@@ -201,11 +235,10 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
 
     def name_of(ours: str, column: int) -> str:
         """Return the name of a column, without its number if other columns of texts have the same name with a number."""
-        name = re.sub(r"[\s_-]*\d{1,3}$", "", header[column].strip())
-        numbered = numbered_of(header, ours, name)
-        columns = [index for index, each in enumerate(header) if each in numbered]
+        name = without_number(ours, header[column], header)
+        columns = [index for index, each in enumerate(header) if each in numbered_of(header, ours, name)]
         are_texts = all(not share(each)[0] and (share(each)[1] or ours == "answers") for each in columns)
-        return name if len(columns) > 1 and are_texts else header[column]
+        return name if are_texts else header[column]
 
     image = best("image", range(len(header)), 0)
     if numbered_names(keys, False) and "text" not in keys:  # they are read without a flag

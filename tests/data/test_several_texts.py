@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,35 @@ def test_all_wrong_columns_are_corrected_at_once(folder):
     source = written(folder, "csv", [{"Bild": "0.png", "Beschreibung": "a"}])
     with pytest.raises(DataError, match=r'did you mean --image-key "Bild" --text-key "Beschreibung"\?'):
         annotations.read(source, keys=Keys("Bilder", "Beschreibungen", "", ""))
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "fix"),
+    [
+        ({"Datei": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Foto", "Satz"), '--image-key ""'),  # "Satz" is right
+        ({"Bild": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Bilder", "Satz"), '--image-key "Bild"'),
+        ({"Bild": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Bild", "Sats"), '--text-key "Satz"'),
+        ({"Bild": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Bilder", "Sats"), '--image-key "Bild" --text-key "Satz"'),
+        ({"Bild": "0.png", "caption_1": "a", "caption_2": "b"}, ("Bilder", "captions"), '--image-key "Bild" --text-key ""'),
+        ({"Bild": "0.png", "caption_1": "a", "caption_2": "b"}, ("Bild", "captions"), '--text-key ""'),
+        ({"Bild": "0.png", "Worte": "a"}, ("Bilder", "Wörter"), '--image-key "Bild" --text-key "Worte"'),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_the_flags_in_an_error_correct_every_wrong_name_and_keep_the_right_ones(folder, kind, row, keys, fix):
+    """Before, the text "Satz" of "Satz 1" and "Satz 2" was corrected too, and a JSON error corrected only one name."""
+    source = written(folder, kind, [row])
+    with pytest.raises(DataError) as error:
+        annotations.read(source, keys=Keys(*keys, "", ""))
+    assert (
+        re.search(r"(?:did you mean|no such column:|no such key:|name no text:) (--.*?)\??$", str(error.value), re.M)[1] == fix
+    )
+    if fix != '--image-key ""':
+        new = dict(zip(shlex.split(fix)[::2], shlex.split(fix)[1::2], strict=True))
+        right = Keys(new.get("--image-key", keys[0]), new.get("--text-key", keys[1]), "", "")
+        assert [each.text for each in annotations.read(source, keys=right)[0]] == [
+            text for name, text in row.items() if text != "0.png"
+        ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "mapping", "parquet"])
