@@ -82,8 +82,10 @@ bases: .venv/.plots
 
 wheel: .venv/.plots
 	rm -rf build lora_blip.egg-info
+	@echo "Building the wheel: about half a minute."
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	rm -rf build lora_blip.egg-info
+	@ls dist/lora_blip-*.whl
 
 EXTRAS_plots := plots
 EXTRAS_dev := plots,dev

@@ -24,6 +24,8 @@ IN_A_LINE, IN_LINES = re.compile(f"[{UNPRINTABLE}]"), re.compile(f"(?!\n)[{UNPRI
 CURSOR_UP = re.compile(r"(?:\x1b\[A)+")  # what tqdm writes between two bars
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which JSON can write, and which is no character
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # NUL ends a path, the others move a terminal's cursor
+LFS = b"version https://git-lfs.github.com/spec/"  # the start of the pointer that Git stores in place of a large file
+LONGEST_POINTER = 1024  # bytes, by the specification of Git LFS
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -45,8 +47,9 @@ class UnreadableError(OSError):
 def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
     """Open a regular file that is not empty and has at most `largest` bytes, for reading. Raise OSError for any other.
 
-    A pipe would wait for a writer, a device has no end, and files of /proc claim to be empty. The type is checked before
-    the file is opened, because opening a device may have effects, and again afterwards.
+    A pointer of Git LFS is an error too: a clone without Git LFS has one in place of each large file. A pipe would wait for a
+    writer, a device has no end, and files of /proc claim to be empty. The type is checked before the file is opened, because
+    opening a device may have effects, and again afterwards.
     """
     try:
         _refuse_irregular(os.stat(path), largest)  # noqa: PTH116  # a str or Path of any characters
@@ -56,11 +59,21 @@ def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
     except ValueError:
         raise UnreadableError("its name contains a NUL character") from None
     try:
-        _refuse_irregular(os.fstat(file.fileno()), largest)
-    except UnreadableError:
+        status = os.fstat(file.fileno())
+        _refuse_irregular(status, largest)
+        if status.st_size <= LONGEST_POINTER:
+            _refuse_pointer(file)
+    except OSError:
         file.close()
         raise
     return file
+
+
+def _refuse_pointer(file: BinaryIO) -> None:
+    """Raise UnreadableError if a file is a pointer of Git LFS. Otherwise its position is the start, as before."""
+    if file.read(len(LFS)) == LFS:
+        raise UnreadableError("it is a pointer of Git LFS, not the file; install Git LFS, and run in its folder: git lfs pull")
+    file.seek(0)
 
 
 def _refuse_irregular(status: os.stat_result, largest: int | None) -> None:
