@@ -81,10 +81,10 @@ bases: .venv/.plots
 	$(PYTHON) -m toyworld.task_bases itm --out assets/tiny-blip-itm
 
 wheel: .venv/.plots
-	rm -rf build lora_blip.egg-info
-	@echo "Building the wheel: about half a minute."
-	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
-	rm -rf build lora_blip.egg-info
+	@echo "Building the wheel: a few seconds, longer the first time."
+	@rm -rf build lora_blip.egg-info
+	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@rm -rf build lora_blip.egg-info
 	@ls dist/lora_blip-*.whl
 
 EXTRAS_plots := plots
