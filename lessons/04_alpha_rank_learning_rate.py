@@ -205,7 +205,7 @@ assert loss_of["α/√r", 1] > 1.4 * loss_of["α/√r", 8] > 1.4 * 1.3 * loss_of
 # %% [markdown]
 # The pattern remains. With α/r, the loss after ten steps depends little on r, but the norm of ΔW falls. With α/√r,
 # the norm depends little on r, but a larger r learns faster. This matters when you compare ranks after a short
-# training: such a comparison may measure the rule for s (which sets the norm or the gain) instead of the ranks. Lesson 5 shows this for whole runs.
+# training: the result may come from the rule for s, and not from the ranks. Lesson 5 shows this for whole runs.
 #
 # ## Which settings give the same run?
 #
@@ -252,7 +252,7 @@ assert 0.1 < difference < 0.4 and other[0][-1] > adam[0][-1]
 # ## Why does α/r make sense with Adam?
 #
 # Write each row of A twice in an adapter with r = 8. Now r = 16, but ΔW still has at most rank 8. With the same α, s is
-# halved, and so are the gradients of each copy. Adam ignores this if ε is halved too, as in the cell. So each copied
+# halved, and so are the gradients of each copy. The steps of Adam do not change if the gradients and ε are halved together, as in the cell. So each copied
 # row of A, and its column of B, learn the same as the original pair. The sum of the two updates, each with s/2, is the update of the adapter with r = 8. So with
 # α/r and Adam, this doubled adapter trains in the same way without a new learning rate.
 #

@@ -138,8 +138,8 @@ for run in RUNS:
 #   With η = 0.003 it loses nearly all of them: it calls nearly every shape a *cube*.
 # - The other words remain right. Given the correct nouns, more than 90 % of the captions of flat shapes have all other words right.
 #   So the model still sees the colours and the positions.
-# - Full fine-tuning forgets too. In each run, take the measured steps with at least 85 % of the cubes right. The best step of
-#   the run is the one of these with the most flat shapes right. A run without such a step has no best step, and is left out. At their best
+# - Full fine-tuning forgets too. In each run, we look only at the measured steps with at least 85 % of the cubes right. The best
+#   step of the run is the one among them with the most flat shapes right. We leave out a run without such a step. At their best
 #   steps, every run of full fine-tuning keeps more flat shapes than every run of LoRA. (The test
 #   images choose this step, for both methods in the same way.) But these steps are not equally good on the cubes: with only five measured steps, their
 #   scores can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.

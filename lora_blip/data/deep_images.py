@@ -80,8 +80,8 @@ def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -
     if image.mode == "F" and np.sum(values > MOST) > np.sum(values > 0) / 2:
         largest = np.max(values, initial=0, where=values < np.finfo(np.float32).max)
         white = 255 if largest <= 255 else 65535 if largest <= 65535 else "the value of white"
-        fix = f"divide them by {white}, or save the image with 8 bits; if 1 is white, clip them at 1"
-        raise UnreadableError(f"its values are floats up to {largest:.4g}, and 1 is white; {fix}")
+        fix = f"divide the values by {white}, or save the image with 8 bits; if the large values are errors, clip them at 1"
+        raise UnreadableError(f"its values are floats up to {largest:.4g}, but white must be 1; {fix}")
     transparent_value = image.info.get("transparency")
     is_transparent = values == transparent_value if isinstance(transparent_value, int) else None
     if highest == 2**32 - 1:  # Pillow reads unsigned values as signed

@@ -1,6 +1,6 @@
 """Check the texts that Python callers pass to a `Captioner`: questions, texts to rank, and arguments in the wrong order."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -97,7 +97,7 @@ def checked_questions(question: Any) -> tuple[list[str], bool]:
 
     Raise InputError for anything else.
     """
-    if not isinstance(question, str | Iterable) or isinstance(question, Mapping | BYTES):
+    if not isinstance(question, str | Iterable) or isinstance(question, Mapping | Set | BYTES):
         raise InputError(f"the question is of type {type(question).__name__}; expected a text, as in {CALLS['vqa']}")
     questions = [question] if isinstance(question, str) else list(question)
     for position, each in enumerate(questions):

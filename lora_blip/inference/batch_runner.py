@@ -12,6 +12,7 @@ from lora_blip.data.image_sources import image_key
 from lora_blip.data.prefetch import ImagePrefetcher, Lookahead
 from lora_blip.errors import ImageError, ModelError
 from lora_blip.lora.routing_state import outside_blocks
+from lora_blip.models.finite import checking_outputs, first_nonfinite, nonfinite_weight
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import autocasting
 from lora_blip.runtime.limits import CPU_ALLOCATOR
@@ -121,8 +122,10 @@ class Runner:
         """
         device = self.task.backbone.device
         try:
-            with autocasting(device, self.precision)():
+            with autocasting(device, self.precision)(), checking_outputs(self.task.output_modules()) as check:
                 results, reason = list(work(self.task, pictures.to(device), examples)), ""
+            if check.failed:
+                raise self._nonfinite(pictures.to(device), examples, work)
         except RuntimeError as error:  # the base class of torch.OutOfMemoryError and torch.AcceleratorError
             if not is_device_failure(error, device):
                 raise
@@ -145,6 +148,22 @@ class Runner:
             self._warn("cpu", f"{device} failed for a single image ({reason}); continuing on the CPU, which is slower")
             self._move_to_cpu()
             yield from self._compute_with_fallback(pictures, examples, work)
+
+    def _nonfinite(self, pictures: Tensor, examples: list[Example], work: Work) -> ModelError:
+        """Return the error for a batch whose outputs contain NaN or infinity. Its texts would be wrong."""
+        model = self.task.backbone.model
+        weight = nonfinite_weight(model)
+        is_half = self.precision == "fp16" or any(each.dtype == torch.float16 for each in model.parameters())
+        if weight:
+            reason, fix = f"the weight {weight!r} contains NaN or infinity", "copy or download the base and the adapter again"
+        else:
+            with autocasting(pictures.device, self.precision)():
+                reason = first_nonfinite(model, lambda: list(work(self.task, pictures, examples)))
+            fix = "check the base, the adapter and its scale"
+            if is_half:
+                fix = 'fp16 overflows: use PRECISION = "bf16" (--precision bf16; in Python: precision="bf16"), or "fp32"'
+        first = f"{examples[0].name} is in a batch whose" if len(examples) > 1 else f"{examples[0].name}: its"
+        return ModelError(printable(f"{first} outputs are not finite: {reason or 'the logits overflowed'}; {fix}"))
 
     def _move_to_cpu(self) -> None:
         """Move the task to the CPU in fp32, or load it again if the weights cannot be copied."""

@@ -29,7 +29,7 @@ class BinaryFile(Protocol):
 
 ImageInput: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryFile | Image.Image | np.ndarray[Any, Any] | Tensor"
 
-BASE64 = ("/9j/", "iVBO", "R0lG", "UklG")  # the first letters of a JPEG, PNG, GIF and WebP file in base64
+BASE64 = ("/9j/", "_9j_", "iVBO", "R0lG", "UklG")  # the first letters of a JPEG, PNG, GIF and WebP file in base64
 ACCEPTED = (
     "a path, a PIL image, an array (height, width) or (height, width, 1, 3 or 4), a tensor (height, width) or (1, 3 or 4, "
     "height, width), the bytes of a file, or a file that is open for reading bytes"
@@ -127,9 +127,9 @@ def snapshot(image: Any, name: str) -> Any:
 
 
 def name_of(image: Any, position: int | None) -> str:
-    """Return the path of an image, or its position in the list: "images[2]"."""
+    """Return the path of an image, or its position in the list: "images[2]". Shorten a text that is too long for a path."""
     if isinstance(image, str | Path):
-        return str(image)
+        return shorten(str(image)) if is_too_long(str(image)) else str(image)
     return "the image" if position is None else f"images[{position}]"
 
 
@@ -230,11 +230,16 @@ def open_input(image: Any, name: str) -> Image.Image:
         return open_image(path)
     if isinstance(image, bytes | bytearray | memoryview):
         if bytes(image[:4]).decode("latin-1") in BASE64:
-            raise ImageError(f"{name} is in base64; give its bytes: base64.b64decode(image)")
+            raise ImageError(f"{name} is in base64; give its bytes: {decoder_of(bytes(image))}")
         return open_image(name, BytesIO(image))
     if isinstance(image, Image.Image):
         return _rgb_copy(image, name)
     return to_rgb(Image.fromarray(_uint8_array(image, name)))
+
+
+def decoder_of(content: bytes) -> str:
+    """Return the expression that decodes a content in base64, or in the base64 of URLs, which has - and _ for + and /."""
+    return "base64.urlsafe_b64decode(image)" if b"-" in content or b"_" in content else "base64.b64decode(image)"
 
 
 def _check_path(path: str) -> None:
@@ -242,7 +247,7 @@ def _check_path(path: str) -> None:
     if not path:
         raise ImageError("the path of the image is empty; give the path of a file")
     if path.startswith(BASE64) and len(path) > LONGEST_QUOTE and not os.path.lexists(path):
-        raise ImageError("the image is a text in base64; give its bytes: base64.b64decode(image)")
+        raise ImageError(f"the image is a text in base64; give its bytes: {decoder_of(path.encode(errors='replace'))}")
     if path.startswith("data:"):
         raise ImageError("the image is a data URL; give its bytes: base64.b64decode(url.partition(',')[2])")
     if is_too_long(path):

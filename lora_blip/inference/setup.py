@@ -223,7 +223,7 @@ def task_of(
     if adapter and other and backbone.architecture not in TASKS[name].architectures:
         raise ConfigError(
             f'TASK = {name!r}, but the adapter {adapter.path} is for the task {metadata["name"]}; set TASK = "auto" '
-            f"(--task auto), or give another adapter{advice(name, '', adapter)}"
+            f'(--task auto; in Python: task="auto"), or give another adapter{advice(name, "", adapter)}'
         )
     if adapter and config and config.model and backbone.architecture not in TASKS[name].architectures:
         raise ConfigError(

@@ -198,9 +198,9 @@ def read(path: str | Path) -> Adapter:
         reason = os_error_reason(error) if isinstance(error, OSError) else shorten(str(error))
         fix = "copy it again" if path.suffix == ".safetensors" else "give a run folder, an adapter file, or 'latest'"
         raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); {fix}") from None
-    check_values(path, tensors, sites)
     if metadata.get("sha256", "") not in ("", digest(tensors)):
         raise AdapterError(f"{path} is damaged: its weights have changed since it was saved; copy it again")
+    check_values(path, tensors, sites)
     return Adapter(path, tensors, metadata)
 
 
@@ -271,7 +271,8 @@ def put(backbone: Loaded | nn.Module, adapter: Adapter, name: str, dormant: bool
     try:
         check_fit(model, adapter, dropout)
     except AdapterError as error:
-        fix = f": lora_blip.load_backbone({adapter.base!r})" * str(error).endswith("load that base")
+        fix = f": lora_blip.load_backbone({adapter.base!r}); or give the path of another run"
+        fix *= str(error).endswith("load that base")
         raise AdapterError(f"{error}{fix}") from None
     if note := dtype_note(adapter.base_dtype, model):
         print(note, file=sys.stderr, flush=True)

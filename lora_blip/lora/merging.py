@@ -140,7 +140,10 @@ def complete(work: Callable[[], None]) -> None:
 
 
 def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None:
-    """Raise LoRAError if no adapter would be merged: the caller has probably forgotten to load one."""
+    """Raise LoRAError if no adapter would be merged: the caller has forgotten to load one, or has called `bake` before."""
+    if not keys and vars(model).get(attached.BAKED) and not attached.names(model):
+        again = "so its predictions are those of the adapter already; to merge another adapter, load the base again"
+        raise LoRAError(f"{attached.MERGED_FOR_GOOD}, {again}")
     if not keys:
         held = ", ".join(attached.names(model))
         reason = f"; those of a Captioner are not merged: {held}" if held else ""

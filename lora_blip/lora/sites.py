@@ -181,6 +181,14 @@ def refuse_peft(modules: Mapping[str, nn.Module]) -> None:
         )
 
 
+def refuse_compiled(modules: Mapping[str, nn.Module]) -> None:
+    """Raise LoRAError if torch.compile has compiled a model or a part of it."""
+    if _any_compiled(modules.values()):
+        raise LoRAError(
+            "this model was compiled by torch.compile, which would ignore adapters; inject them before it is compiled"
+        )
+
+
 def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -> None:
     """Raise LoRAError if an adapter cannot be put on one of the sites, or if there is none."""
     sites, modules = list(sites), modules_of(model)
@@ -189,10 +197,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
             "the list of sites is empty, so there is nothing to train; give targets, such as lora_blip.inject(model, 'vit')"
         )
     refuse_peft(modules)
-    if _any_compiled(modules.values()):
-        raise LoRAError(
-            "this model was compiled by torch.compile, which would ignore adapters; inject them before it is compiled"
-        )
+    refuse_compiled(modules)
     if not isinstance(dropout, int | float) or not 0 <= dropout <= MOST_DROPOUT:  # False for NaN
         raise LoRAError(f"dropout = {dropout!r}: expected a number from 0 to below 1, such as 0.1")
     variants = dict.fromkeys(str(site.variant) for site in sites)

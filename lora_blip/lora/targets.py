@@ -18,7 +18,18 @@ from torch import nn
 
 from lora_blip.errors import TargetError
 from lora_blip.lora.attached import Loaded, adapters, model_of
-from lora_blip.lora.sites import ALPHA, R, Site, base_size, check_update, is_linear, modules_of, refuse_peft, tied
+from lora_blip.lora.sites import (
+    ALPHA,
+    R,
+    Site,
+    base_size,
+    check_update,
+    is_linear,
+    modules_of,
+    refuse_compiled,
+    refuse_peft,
+    tied,
+)
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
@@ -62,6 +73,7 @@ PRESETS: dict[str, tuple[str, tuple[str, int] | None]] = {
     "lm.mlp": (LM + r"(?:fc1|fc2|DenseReluDense\..*)", None),
 }
 PARTS = {"ViT": r"vision_model\.", "Q-Former": r"qformer\.", "text": r"text_", "language model": r"language_model\."}
+PREFIXES = {"vit": "vision_model", "text": "text_", "qformer": "qformer", "lm": "language_model"}  # of the paths of a part
 LISTED = 24  # largest number of linears that an error lists
 GRAMMAR = re.compile(r"(?P<body>.+?)(?:\[(?P<first>\d*):(?P<last>\d*)\])?(?P<own>(?::(?:r|alpha)=[\d.]+)*)")
 
@@ -169,11 +181,20 @@ def layer_number(path: str) -> int:
 
 
 def _nothing_matched(model: nn.Module, target: str) -> str:
-    """Return the error for a target that matches nothing. Its last line contains the targets to use instead."""
+    """Return the error for a target that matches nothing. Its last line contains the targets to use instead.
+
+    Raise LoRAError for a compiled model, whose modules have other paths.
+    """
+    refuse_compiled(modules_of(model))
     linears = [path for path, module in modules_of(model).items() if is_linear(module) and ".lora" not in path]
     counts = {name: sum(bool(re.fullmatch(regex, p)) for p in linears) for name, (regex, _) in PRESETS.items()}
     presets = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
     error = f"target {target.strip()!r} matches no linear of {type(model).__name__}; "
+    name, _, option = target.strip().partition(":")
+    if counts.get(name) and option and not GRAMMAR.fullmatch(target.strip())["own"]:  # type: ignore[index]
+        return (
+            f"target {target.strip()!r}: after a preset, only r and alpha are possible, each with a number: {name}:r=8:alpha=32"
+        )
     if near := _nearest(target, counts, linears):
         return f"{error}did you mean '{near}'? The presets that match: {presets or 'none'}"
     shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path) for path in linears)
@@ -185,6 +206,13 @@ def _nothing_matched(model: nn.Module, target: str) -> str:
 
 def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
     """Return the nearest preset, or a regex for the linears whose path ends with that name. Return "" if none is similar."""
+    parts = re.split(r"[\s;+|]+", target.strip())
+    if len(parts) > 1 and all(map(counts.get, parts)):
+        return ",".join(parts)
+    if (one := re.fullmatch(r"([\w.]+)\[(\d+)\]", target.strip())) and counts.get(one[1]):  # one block, as in Python
+        return f"{one[1]}[{one[2]}:{int(one[2]) + 1}]"
+    if (inside := re.fullmatch(r"(\w+)(\[\d*:\d*\])(\.\w+)", target.strip())) and counts.get(inside[1] + inside[3]):
+        return inside[1] + inside[3] + inside[2]
     match = GRAMMAR.fullmatch(target.strip())
     name = match["body"] if match else target.strip()
     if counts.get(name):  # the preset matches linears, but none in these blocks
@@ -192,6 +220,11 @@ def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
         return f"{name}[0:{last + 1}]"
     if counts.get(preset := OTHER_NAMES.get(name.lower(), "")):
         return preset
+    part, _, last_name = name.partition(".")
+    if counts.get(part) and (prefix := PREFIXES.get(part)) and last_name:
+        regex = rf"{prefix}.*\.{re.escape(last_name)}"
+        if any(re.fullmatch(regex, path) for path in linears):
+            return regex
     if any(path.endswith(f".{name}") for path in linears):
         return f".*{re.escape('.' + name)}"
     near = difflib.get_close_matches(name.lower(), [preset for preset, count in counts.items() if count], 1)

@@ -4,6 +4,8 @@ A repository is downloaded once as files, and everything else reads its folder i
 cached files are used. Only configuration, tokenizer and weight files are downloaded, never code.
 """
 
+from pathlib import Path
+
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -42,6 +44,10 @@ def fetch(name: str) -> str:
         raise MissingBaseError(f"{near_embedded(name)}{error}") from None
 
 
+def no_folder(name: str) -> str:
+    return f"there is no folder {name!r} in {str(Path.cwd())!r}"
+
+
 def _fetch(name: str) -> str:
     repository, _, revision = name.partition("@")
     try:
@@ -49,7 +55,7 @@ def _fetch(name: str) -> str:
             return _cached(repository, name, "HF_HUB_OFFLINE is set")
         return _downloaded(repository, revision or "main")
     except HFValidationError:
-        raise ModelError(f"there is no folder {name!r}, and it is not a hub name; {EXAMPLE}") from None
+        raise ModelError(f"{no_folder(name)}, and it is not a hub name; {EXAMPLE}") from None
     except GatedRepoError:
         raise ModelError(
             f"the hub gives {name!r} only to users who accepted its terms; accept them on {constants.ENDPOINT}/{repository}, "
@@ -64,7 +70,7 @@ def _fetch(name: str) -> str:
         if refuses_token(error):
             raise ModelError(f"model {name!r}: {TOKEN}") from None
         raise ModelError(
-            f"there is no folder {name!r}, and no model of this name on the hub that you can read; check the spelling (if it "
+            f"{no_folder(name)}, and no model of this name on the hub that you can read; check the spelling (if it "
             f"is private: hf auth login), or {EXAMPLE}"
         ) from None
     except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
@@ -125,9 +131,9 @@ def _cached(repository: str, name: str, reason: str) -> str:
             print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
         return folder
     raise ModelError(
-        f"{reason}, there is no folder {name!r}, and the cache has no complete copy of this model ({root}). "
+        f"{reason}, {no_folder(name)}, and the cache has no complete copy of this model ({root}). "
         f"Download it on a machine with a network: {download_command(repository, revision, 'base')}. Then copy the folder "
-        'here, and give its path: MODEL = "base" (--model base)'
+        'here, and give its path: MODEL = "base" (--model base; in Python: base="base")'
     ) from None
 
 

@@ -184,7 +184,8 @@ def _cached(name: str, repository: str, revision: str, reason: str) -> Path:
             print(f"{reason}; using the copy of {name!r} in the cache, {folder}", file=sys.stderr, flush=True)
         return path
     raise AdapterError(
-        f"no adapter at {name!r}: {reason}, and the cache has no copy of such a model ({root_of(repository)}); give the path "
-        f"of an adapter, or download it on a machine with a network: {download_command(repository, revision, 'adapter')}. Then "
-        "copy the folder here, and give its path: --adapter adapter"
+        f"no adapter at {name!r} in {str(Path.cwd())!r}, and as a name on the hub: {reason}, and the cache has no copy of it "
+        f"({root_of(repository)}); give the path of an adapter, or download it on a machine with a network: "
+        f"{download_command(repository, revision, 'adapter')}. Then copy the folder here, and give its path: --adapter adapter "
+        '(in Python: "adapter")'
     ) from None

@@ -70,7 +70,7 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
             raise file_error(error, path, "read") from None
         adapters = []
     if not adapters:
-        if is_name(str(adapter)) and not nearest_run(path, runs):
+        if is_name(str(adapter)) and path.parts[0] != RUNS.name and not nearest_run(path, runs):
             return fetch(str(adapter))
         raise no_adapter(path, runs)
     last = max(adapters, key=lambda p: p.stat().st_mtime)
@@ -94,7 +94,7 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
     order = f", {first} first" * (len(others) > 1)
     fix = f"give another run{order}: {', '.join(map(repr, others[:NAMED]))}"
     if not others:
-        fix = "train one: lora-blip train (or python train.py); or give the path of one"
+        fix = "train one: lora-blip train (or python train.py); or give the full path of one"
     return AdapterError(f"no adapter at {str(path)!r}{folder}; {meant}{fix}")
 
 

@@ -22,6 +22,7 @@ from lora_blip.kernels.plain import plain
 from lora_blip.lora import attached
 from lora_blip.lora.layer import LoRA
 from lora_blip.models.compilation import uncompiled
+from lora_blip.models.finite import is_invalid
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.runtime.distributed import ALONE, Ranks
@@ -204,6 +205,8 @@ def prediction_differences(
     beams = task.generation.num_beams if task.writes_text else 1
     with short(task, 1):
         fast, slow = both_ways(task, recorded)
+    if any(map(is_invalid, slow[0])):
+        raise UncheckedError("an output is not finite")
     generated = is_texts(slow[1])
     if slow[0]:
         what = "logits" if task.writes_text else "features"
@@ -216,13 +219,8 @@ def prediction_differences(
             pair = [texts(results) for results in both_ways(task, lambda: recorded()[1])]
         different = sum(a != b for a, b in zip(*pair, strict=True)) / len(pair[0])
         # rounding decides between beams of nearly equal scores: half of the texts may differ; in 16 bits, both of two may
-        differences.append(
-            Difference(
-                "different texts of the beam search",
-                different,
-                0.5 if len(pair[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0,
-            )
-        )
+        most = 0.5 if len(pair[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0
+        differences.append(Difference("different texts of the beam search", different, most))
     return differences
 
 

@@ -9,12 +9,14 @@ from lora_blip.config import TrainConfig
 from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import TrainingError
 from lora_blip.models.compilation import uncompiled
+from lora_blip.models.finite import first_nonfinite
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.limits import CPU_ALLOCATOR, is_lost_peer, is_out_of_memory
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.tasks.base import Task
-from lora_blip.training import checkpoint, preflight
+from lora_blip.training import checkpoint
 from lora_blip.training.learner import Autocast, Update
+from lora_blip.training.preflight import ONLY_GRADIENTS
 from lora_blip.training.run_folder import Run
 
 
@@ -50,6 +52,6 @@ def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autoca
     reasons = []
     for batch in batches:
         with uncompiled(task.backbone.model), autocast():
-            reasons.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
+            reasons.append(first_nonfinite(task.backbone.model, partial(task.logits, batch)) or ONLY_GRADIENTS)
     all_reasons: list[str] = [reason for part in ranks.all_gather(reasons) for reason in part]
     return next((reason for reason in all_reasons if reason.startswith("the first output")), all_reasons[-1])

@@ -18,13 +18,14 @@ from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import PreflightError
 from lora_blip.lora import attached
 from lora_blip.lora.layer import LoRA
-from lora_blip.lora.sites import is_linear
+from lora_blip.models.finite import first_nonfinite, nonfinite_weight
 from lora_blip.models.quantized import scale_bytes
 from lora_blip.models.sharding import local_part
 from lora_blip.runtime.counts import counted
 from lora_blip.tasks.base import Task
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
+ONLY_GRADIENTS = "in a second forward, the outputs of all modules are finite, so only the gradients overflowed"
 LOSS_SCALE = 1024.0  # keeps fp16 gradients of a mean loss above zero, and far below overflow
 
 
@@ -78,11 +79,14 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
     with autocast(), largest_block(task.backbone.model) as block_bytes, saved:
         loss = task.loss(batch) / batch.count
     if not torch.isfinite(loss):
+        start = f"the loss of the first batch is {loss.item()}: "
+        if weight := nonfinite_weight(task.backbone.model):
+            raise PreflightError(f"{start}the weight {weight!r} contains NaN or infinity; copy or download the base again")
         with autocast():
-            reason = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
+            reason = first_nonfinite(task.backbone.model, lambda: task.logits(batch)) or ONLY_GRADIENTS
         raise PreflightError(
-            f'the loss of the first batch is {loss.item()}: {reason}. With PRECISION = "fp16", try "bf16" or "fp32". '
-            'If PRECISION is already "bf16" or "fp32", check the weights of the base model'
+            f'{start}{reason}. With PRECISION = "fp16", try "bf16" or "fp32". If PRECISION is already "bf16" or "fp32", check '
+            "the weights of the base model"
         )
     (loss * LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
     without_gradient = [lora.site.address for lora in adapters if lora.B.grad is None or not lora.B.grad.any()]
@@ -151,31 +155,6 @@ class KeptBytes:
         if is_new:
             self.counted[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         return is_new
-
-
-def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
-    """Run `forward`, and return a text that names the first module whose output is not finite, in the order of execution."""
-    texts: list[str] = []
-
-    def hook_of(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            tensors = [x for x in outputs if isinstance(x, Tensor)]
-            if not texts and any(not torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
-                kind = f"{type(module).__name__}, {tensors[0].dtype}"
-                texts.append(f"the first output that is not finite is that of {path!r} ({kind})")
-
-        return hook
-
-    leaves = [(path, m) for path, m in model.named_modules() if not list(m.children()) or is_linear(m)]
-    handles = [module.register_forward_hook(hook_of(path)) for path, module in leaves if ".lora" not in path]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return texts[0] if texts else "in a second forward, the outputs of all modules are finite, so only the gradients overflowed"
 
 
 def frozen_bytes(model: nn.Module) -> int:

@@ -45,12 +45,12 @@ def test_floats_up_to_255_are_an_error(tmp_path):
     """1 is white, so each pixel would be white. Pillow's own mode F has values up to 255."""
     path = saved(tmp_path / "a.tif", np.array([[0, 3, 209]], np.float32))
     with pytest.raises(
-        ImageError, match=r"a\.tif is not a usable image: its values are floats up to 209, and 1 is white; divide"
+        ImageError, match=r"a\.tif is not a usable image: its values are floats up to 209, but white must be 1; divide"
     ):
         open_image(path)
     highlights = saved(tmp_path / "b.tif", np.array([[0.5, 0.2, 0, 5, np.inf, 3.4e38, 0.1, 0.3]], np.float32))
     assert grey(highlights) == [127, 51, 0, 255, 255, 255, 25, 76]  # few bright pixels are clipped
-    with pytest.raises(ImageError, match="divide them by 255"):
+    with pytest.raises(ImageError, match="divide the values by 255"):
         open_input(Image.new("L", (4, 4), 200).convert("F"), "the image")
 
 

@@ -47,6 +47,9 @@ class Fragile:
             raise self.error
         return [f"{self.backbone.device.type} {example.image.stem}" for example in examples]
 
+    def output_modules(self) -> list[nn.Module]:
+        return [self.backbone.model]
+
     def move(self, device: torch.device) -> None:
         if self.stuck:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

@@ -284,6 +284,7 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
         ("data:image/png;base64," + "A" * 9999, "is a data URL; give its bytes: base64.b64decode"),
         (base64.b64encode(photos[1].read_bytes()).decode() * 9, "in base64; give its bytes: base64.b64decode(image)"),
         (base64.b64encode(photos[1].read_bytes()), "in base64; give its bytes: base64.b64decode(image)"),
+        (base64.urlsafe_b64encode(photos[1].read_bytes() + b"\xff\xff\xff"), "give its bytes: base64.urlsafe_b64decode(image)"),
         (str(tmp_path), "is a folder, not an image; give its images: sorted(glob.glob("),
         (str(tmp_path / "*.png"), "is a glob, not an image; give its images: sorted(glob.glob("),
     ]  # fmt: skip
@@ -687,7 +688,8 @@ def test_a_task_that_the_base_of_the_adapter_cannot_do_names_that_of_the_adapter
     """Before, the message asked for another base, and with that base, the next message asked for the first one."""
     monkeypatch.chdir(workplace)
     path = save_adapter(workplace / "answers" / "adapter.safetensors", base="assets/tiny-blip-vqa", name="vqa")
-    with pytest.raises(ConfigError, match=r'is for the task vqa; set TASK = "auto" \(--task auto\)') as error:
+    fix = r'set TASK = "auto" \(--task auto; in Python: task="auto"\)'
+    with pytest.raises(ConfigError, match=f"is for the task vqa; {fix}") as error:
         Captioner.from_adapter(path, task="caption")
     assert str(error.value).startswith("TASK = 'caption', but the adapter ")
     assert Captioner.from_adapter(path).task == "vqa"

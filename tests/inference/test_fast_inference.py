@@ -194,7 +194,7 @@ def photos(tmp_path: Path) -> list[Example]:
 def runner(size: int) -> Runner:
     model = torch.nn.Linear(1, 1)
     backbone = SimpleNamespace(model=model, device=torch.device("cpu"), image_processor=tiny.image_processor())
-    task: Any = SimpleNamespace(backbone=backbone)
+    task: Any = SimpleNamespace(backbone=backbone, output_modules=list)
     return Runner(task, size)
 
 

@@ -156,9 +156,16 @@ def test_a_damaged_file_is_refused_with_the_reason(make, saved):
         },
         "its weights have changed since it was saved": {"tensors": {a: adapter_file.read(saved).tensors[a] + 1e-3}},
         "its header says r=2 in float32": {"tensors": {a: torch.ones(5, 32)}},
-        "contains NaN": {"tensors": {b: torch.full_like(adapter_file.read(saved).tensors[b], torch.nan)}},
+        "is damaged: its weights have changed": {
+            "tensors": {b: torch.full_like(adapter_file.read(saved).tensors[b], torch.nan)}
+        },
+        "contains NaN": {
+            "tensors": {b: torch.full_like(adapter_file.read(saved).tensors[b], torch.nan)},
+            "header": {"sha256": ""},
+        },
         "every lora_B is zero": {
-            "tensors": {k: torch.zeros_like(t) for k, t in adapter_file.read(saved).tensors.items() if k.endswith("lora_B")}
+            "tensors": {k: torch.zeros_like(t) for k, t in adapter_file.read(saved).tensors.items() if k.endswith("lora_B")},
+            "header": {"sha256": ""},
         },
         "reads formats up to 2": {"header": {"format_version": 3}},
         "header cannot be": {"header": {"lora": {"modules": {"x": 3}}}},

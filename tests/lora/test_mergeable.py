@@ -289,6 +289,8 @@ def test_a_baked_adapter_cannot_be_disabled_or_removed_silently(tmp_path):
         lambda: injection.eject(model),
         lambda: use_adapters(model, "default").__enter__(),
         lambda: adapter_file.load(model, path),
+        lambda: merging.merge(model),
+        lambda: merging.bake(model),
     ):
         with pytest.raises((LoRAError, AdapterError), match=r"merged permanently into this model, by lora_blip\.bake"):
             call()

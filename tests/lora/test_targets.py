@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, Blip2Config, Blip2ForConditionalGeneration, BlipConfig, BlipForConditionalGeneration
 
-from lora_blip.errors import TargetError
+from lora_blip.errors import LoRAError, TargetError
 from lora_blip.lora import injection, targets
 
 
@@ -105,6 +105,13 @@ def test_presets_match_the_expected_number_of_linears_in_real_sizes():
         ("vit[7:9]", "'vit[0:2]'"),
         ("vision", "'vit'"),
         ("decoder", "'text'"),
+        ("vit.fc1", r"'vision_model.*\.fc1'"),
+        ("text.dense", r"'text_.*\.dense'"),
+        ("text[1]", "'text[1:2]'"),
+        ("text[0:1].q", "'text.q[0:1]'"),
+        ("vit text", "'vit,text'"),
+        ("vit+text", "'vit,text'"),
+        ("vit; text.q", "'vit,text.q'"),
     ],
 )
 def test_a_wrong_target_suggests_the_nearest(make, wrong, near):
@@ -113,6 +120,23 @@ def test_a_wrong_target_suggests_the_nearest(make, wrong, near):
         targets.find(make("blip").model, wrong)
     assert f"; did you mean {near}? The presets that match: vit (" in str(caught.value)
     assert "\n" not in str(caught.value)  # the fix is not above a list of modules
+    assert targets.find(make("blip").model, near.strip("'"))
+
+
+@pytest.mark.parametrize("wrong", ["vit:r=x", "vit:rank=4", "vit:alpha=", "vit:r", "text.q:r=-1"])
+def test_an_option_of_a_target_that_is_not_a_number_has_its_fix(make, wrong):
+    """Before, the error suggested the preset without the option, or listed all linears."""
+    with pytest.raises(
+        TargetError, match=r"after a preset, only r and alpha are possible, each with a number: (.+:r=8:alpha=32)"
+    ) as e:
+        targets.find(make("blip").model, wrong)
+    assert targets.find(make("blip").model, str(e.value).rpartition(": ")[2])
+
+
+def test_a_compiled_model_is_named_as_the_reason(make):
+    """Before, the error was that the target 'vit' matches no linear of OptimizedModule."""
+    with pytest.raises(LoRAError, match=r"was compiled by torch\.compile"):
+        targets.find(torch.compile(make("blip").model), "vit")
 
 
 def test_the_error_for_an_unlike_target_has_no_suggestion(make):

@@ -310,7 +310,7 @@ def test_the_magnitude_in_a_file_must_fit(make, tmp_path):
     ):
         path.write_bytes(whole)
         with pytest.raises(AdapterError, match=reason):
-            adapter_file.read(rewrite(path, {key: value}))
+            adapter_file.read(rewrite(path, {key: value}, {"sha256": ""}))
 
 
 # ---------------------------------------------------------------- training

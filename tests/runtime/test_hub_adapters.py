@@ -120,7 +120,8 @@ def test_without_a_network_and_cache_there_is_one_message(web, monkeypatch, capf
     web.status = 503
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-    refused(rf"no adapter at 'user/cubes': {reason}.*hf download user/cubes --local-dir adapter\. Then copy", capfd)
+    download = r"hf download user/cubes --local-dir adapter\. Then copy"
+    refused(rf"no adapter at 'user/cubes' in .*, and as a name on the hub: {reason}.*{download}", capfd)
     with pytest.raises(AdapterError, match=r"hf download user/cubes --revision v2 --local-dir adapter\."):
         hub_adapters.fetch("user/cubes@v2")
 

@@ -65,6 +65,25 @@ def test_a_wrong_name_lists_runs_that_exist(tmp_path: Path, monkeypatch: pytest.
         read_adapter("Salesforce/blip")
 
 
+def test_a_run_that_is_relative_to_another_folder_is_no_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the advice was to download the model lora_blip_output/… from the hub."""
+    monkeypatch.chdir(tmp_path)
+    for adapter in (
+        "lora_blip_output/2026-11-03_101010_caption_tiny-blip_vit",
+        "lora_blip_output/demo_caption_20261201_000638",
+    ):
+        with pytest.raises(AdapterError) as error:
+            locate(adapter)
+        message = (
+            f"no adapter at {adapter!r} in {str(tmp_path)!r}; train one: lora-blip train (or python train.py); or give the "
+        )
+        assert str(error.value) == f"{message}full path of one"
+    with pytest.raises(AdapterError, match=r"no adapter at 'user/name' in .*, and as a name on the hub: "):
+        locate("user/name")
+
+
 def test_a_folder_without_a_run_is_not_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package lora_blip is beside the missing lora_blip_output of a new clone. An interrupted run is suggested."""
     monkeypatch.chdir(tmp_path)

@@ -17,6 +17,7 @@ from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.errors import PreflightError
 from lora_blip.lora import attached, injection
 from lora_blip.lora.sites import Site
+from lora_blip.models.finite import first_nonfinite
 from lora_blip.models.loading import load_backbone
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.caption import CaptionTask
@@ -131,8 +132,12 @@ def test_labels_on_padding_or_on_the_prompt_are_refused(make, kind):
 def test_a_loss_that_is_not_finite_names_the_first_module(make):
     backbone = make("blip")
     inject(backbone, "vit", trained=False)
-    backbone.model.vision_model.encoder.layers[1].self_attn.projection.weight.data[0, 0] = torch.nan
+    weight = backbone.model.vision_model.encoder.layers[1].self_attn.projection.weight.data
+    weight[0] = 3e38
     with pytest.raises(PreflightError, match=r"loss of the first batch is nan: .*'vision_model.*1\.self_attn\.projection'"):
+        checked(CaptionTask(backbone))
+    weight[0] = torch.nan
+    with pytest.raises(PreflightError, match=r"nan: the weight 'vision_model.*1\.self_attn\.projection\.weight' contains NaN"):
         checked(CaptionTask(backbone))
 
 
@@ -240,19 +245,18 @@ def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution(
     for module, poisoned, kind in (("first", "weight", "Linear"), ("second", "bias", "Linear")):
         model = Toy()
         getattr(getattr(model, module), poisoned).data.fill_(torch.inf)
-        report_text = preflight.first_nonfinite(model, lambda model=model: model(x))
+        report_text = first_nonfinite(model, lambda model=model: model(x))
         assert report_text == f"the first output that is not finite is that of {module!r} ({kind}, torch.float32)"
         assert not any(m._forward_hooks for name, m in model.named_modules() if name not in ("first", "second"))
     model = Toy()
     attached.adapters(model)["first"].B.data.fill_(torch.nan)  # the linear with its update is named, not the adapter
-    assert "'first'" in preflight.first_nonfinite(model, lambda: model(x))
-    sound = preflight.first_nonfinite(Toy(), lambda: model(x))
-    assert sound.startswith("in a second forward, the outputs of all modules are finite")
+    assert "'first'" in first_nonfinite(model, lambda: model(x))
+    assert not first_nonfinite(Toy(), lambda: model(x))
     model.pair.register_forward_hook(lambda *_: (torch.tensor([1]), torch.full((1, 4), torch.nan)))
     attached.adapters(model)["first"].B.data.zero_()
-    assert "that of 'pair' (Pair, torch.int64)" in preflight.first_nonfinite(model, lambda: model(x))
+    assert "that of 'pair' (Pair, torch.int64)" in first_nonfinite(model, lambda: model(x))
     recorded = []
-    preflight.first_nonfinite(Toy(), lambda: recorded.append(torch.is_grad_enabled()))
+    first_nonfinite(Toy(), lambda: recorded.append(torch.is_grad_enabled()))
     assert recorded == [False]
 
 
@@ -260,7 +264,7 @@ def test_hooks_of_the_search_are_removed_after_an_error_too():
     model = Toy()
     hooks = [len(module._forward_hooks) for module in model.modules()]
     with pytest.raises(ZeroDivisionError):
-        preflight.first_nonfinite(model, lambda: 1 // 0)
+        first_nonfinite(model, lambda: 1 // 0)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
