@@ -12,7 +12,7 @@ from lora_blip.data.image_sources import image_key
 from lora_blip.data.prefetch import ImagePrefetcher, Lookahead
 from lora_blip.errors import ImageError, ModelError
 from lora_blip.lora.routing_state import outside_blocks
-from lora_blip.models.finite import checking_outputs, first_nonfinite, nonfinite_weight
+from lora_blip.models.finite import cause_of, checking_outputs
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import autocasting
 from lora_blip.runtime.limits import CPU_ALLOCATOR
@@ -152,18 +152,14 @@ class Runner:
     def _nonfinite(self, pictures: Tensor, examples: list[Example], work: Work) -> ModelError:
         """Return the error for a batch whose outputs contain NaN or infinity. Its texts would be wrong."""
         model = self.task.backbone.model
-        weight = nonfinite_weight(model)
-        is_half = self.precision == "fp16" or any(each.dtype == torch.float16 for each in model.parameters())
-        if weight:
-            reason, fix = f"the weight {weight!r} contains NaN or infinity", "copy or download the base and the adapter again"
-        else:
-            with autocasting(pictures.device, self.precision)():
-                reason = first_nonfinite(model, lambda: list(work(self.task, pictures, examples)))
-            fix = "check the base, the adapter and its scale"
-            if is_half:
-                fix = 'fp16 overflows: use PRECISION = "bf16" (--precision bf16; in Python: precision="bf16"), or "fp32"'
+        with autocasting(pictures.device, self.precision)():
+            cause = cause_of(model, lambda: list(work(self.task, pictures, examples)))
+        if self.precision == "fp16" or any(each.dtype == torch.float16 for each in model.parameters()):
+            cause += (
+                '. fp16 overflows easily: use PRECISION = "bf16" (--precision bf16; in Python: precision="bf16"), or "fp32"'
+            )
         first = f"{examples[0].name} is in a batch whose" if len(examples) > 1 else f"{examples[0].name}: its"
-        return ModelError(printable(f"{first} outputs are not finite: {reason or 'the logits overflowed'}; {fix}"))
+        return ModelError(printable(f"{first} outputs are not finite: {cause}"))
 
     def _move_to_cpu(self) -> None:
         """Move the task to the CPU in fp32, or load it again if the weights cannot be copied."""

@@ -15,6 +15,7 @@ from lora_blip.data.preprocessing import pixels_of
 from lora_blip.errors import OutputError
 from lora_blip.inference.commands import expand
 from lora_blip.inference.exported_folder import GENERATORS, TORCH_DTYPES
+from lora_blip.models.finite import cause_of
 from lora_blip.models.language import WITH_LOGITS
 from lora_blip.models.library import Quiet
 from lora_blip.models.loading import ARCHITECTURES
@@ -72,9 +73,17 @@ def drawn(number: int) -> Image.Image:
 # ---------------------------------------------------------------- the adapter on its base
 
 
-@torch.no_grad()
 def predict_hooked(task: PredictionTask, probe: Probe) -> Outcome:
-    """Return what the task computes, with the adapter as hooks."""
+    """Return what the task computes, with the adapter as hooks. Raise OutputError if that is NaN or infinite."""
+    outcome = hooked_outcome(task, probe)
+    if not (outcome.logits < torch.inf).all():
+        cause = cause_of(task.backbone.model, lambda: hooked_outcome(task, probe))
+        raise OutputError(f"the folder was not written: the outputs of the adapter on its base are not finite: {cause}")
+    return outcome
+
+
+@torch.no_grad()
+def hooked_outcome(task: PredictionTask, probe: Probe) -> Outcome:
     pixels = torch.stack([pixels_of(task.backbone.image_processor)(image) for image in probe.images]).to(task.backbone.device)
     parts: Any = task
     if not task.writes_text:

@@ -52,6 +52,13 @@ def nonfinite_weight(model: nn.Module) -> str:
     return next((name for name, each in named if not each.isfinite().all()), "")
 
 
+def cause_of(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Return a text that names the weight or the module that makes the outputs of `forward` NaN or infinite."""
+    if weight := nonfinite_weight(model):
+        return f"the weight {weight!r} contains NaN or infinity; copy or download the base and the adapter again"
+    return f"{first_nonfinite(model, forward) or 'the logits overflow'}; check the base, the adapter and its scale"
+
+
 def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
     """Run `forward`, and return a text that names the first module whose output is not finite, in the order of execution.
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora_blip
 from lora_blip import cli
@@ -206,6 +206,19 @@ def test_another_image_size_is_in_the_folder(checkpoints, tmp_path):
 
 
 # ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "vqa", "itm"])
+def test_a_base_with_nan_is_not_exported(folders, checkpoints, tmp_path, kind):
+    """Before, "4 of 4 texts are equal, the largest logit difference is 0" was printed: NaN was left out."""
+    base = shutil.copytree(base_of(kind, checkpoints), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.startswith("vision_model") and name.endswith("norm2.weight"))
+    weights[name][0] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OutputError, match=r"not written: .*base are not finite: the weight 'vision_model.* contains NaN"):
+        exported(folders[kind][0], tmp_path / "out", model=str(base))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("broken", ["weights", "generation"])

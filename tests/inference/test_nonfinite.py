@@ -81,7 +81,7 @@ def test_an_overflow_in_fp16_names_the_precisions_that_do_not_overflow(checkpoin
     tiny.write_photos(tmp_path, 1)
     photo = tmp_path / "photos" / "0.png"
     with pytest.raises(
-        ModelError, match=r'fp16 overflows: use PRECISION = "bf16" \(--precision bf16; in Python: precision="bf16"\)'
+        ModelError, match=r'fp16 overflows easily: use PRECISION = "bf16" \(--precision bf16; in Python: precision="bf16"\)'
     ):
         captioner = lora_blip.Captioner.from_adapter(None, base=folder, device="cpu", precision="fp16", base_dtype="fp16")
         for scale in range(20):
