@@ -26,7 +26,7 @@ demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
 
 demo-blip2: .venv/.plots
-	@$(PYTHON) -m toyworld.demo caption --model assets/tiny-blip2 --targets vit,qformer --alpha 128 --lr 1e-3 --batch-size 16 --epochs 30
+	@$(PYTHON) -m toyworld.demo caption --model assets/tiny-blip2 --targets vit,qformer --alpha 128 --lr 1e-3 --batch-size 16 --epochs 60
 
 demo-vqa: .venv/.plots
 	@$(PYTHON) -m toyworld.demo vqa

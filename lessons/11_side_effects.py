@@ -223,8 +223,8 @@ assert sizes["LoRA", 1e-3] > sizes["full", 3e-4]
 #
 # We try c = 0.5 and 0.75 for LoRA with η = 0.001. With c = 0.5, fewer flat shapes are forgotten, and fewer captions of cubes are right. How good the
 # trade is depends on the seed. Compare it with full fine-tuning at its best step with at least 85 % of the cubes (see above). Consider
-# only the values of c with at least 85 % of the cubes right. In two of the three seeds, one of them keeps more flat shapes than
-# full fine-tuning with η = 0.0003. In all three seeds, each of them keeps fewer than full fine-tuning with η = 0.0001.
+# only the values of c with at least 85 % of the cubes right. In two of the three seeds, one of these values keeps more flat shapes than
+# full fine-tuning with η = 0.0003. In all three seeds, each of these values keeps fewer than full fine-tuning with η = 0.0001.
 
 # %%
 mixed, parts = load(), {}

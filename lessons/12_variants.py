@@ -248,8 +248,8 @@ assert all(abs(last["DoRA", lr] / last["LoRA", lr] - 1) < 0.1 for lr in RATES)
 # For a fixed r, **rsLoRA** is LoRA with α·√r. The difference begins when r changes: lesson 4 measures it.
 #
 # With Adam, **LoRA+** is LoRA with a larger α. Write η_A for the rate that LoRA+ has for A, so that B has λη_A. Write B = λ B̃, and
-# train A and B̃ with the same rate η_A. The gradient of B̃ is λ times that of B, but Adam divides each gradient by its size. So B̃
-# moves by η_A, and B moves by λη_A, as LoRA+ demands. B starts at zero, so B̃ does too:
+# train A and B̃ with the same rate η_A. The gradient of B̃ is λ times that of B, but Adam divides each gradient by its size. So in one step,
+# B̃ changes by about η_A, and B = λ B̃ by about λη_A, as in LoRA+. B starts at zero, so B̃ does too:
 #
 # $$\frac{\alpha}{r} B A = \frac{\lambda\alpha}{r} \tilde B A.$$
 #

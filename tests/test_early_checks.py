@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from lora_blip.cli import main
 from lora_blip.config import InferConfig, TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.annotations import refuse_unknown_columns
-from lora_blip.data.columns import of_two_files
-from lora_blip.data.formats import NO_KEYS, Keys
-from lora_blip.data.prepare.command import PrepareConfig
+from lora_blip.data.formats import NO_KEYS, Keys, keys_of
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.data.two_files import of_two_files
 from lora_blip.errors import DataError, LoraBlipError
 from lora_blip.flags import parse
 from lora_blip.inference.setup import read_inputs
@@ -27,6 +28,7 @@ from lora_blip.runtime import runs
 from lora_blip.runtime.runs import ADAPTER_NAME, CHECKPOINTS_NAME
 from lora_blip.runtime.user_paths import nearest_path, require_annotations
 from lora_blip.training import checkpoint
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "2026-11-28_120000_caption_tiny-blip_vit"
@@ -196,23 +198,43 @@ def test_unknown_columns_are_found_before_torch_is_imported(tmp_path, monkeypatc
     refuse_unknown_columns("a.csv", Keys("Datei", "Wort"))
 
 
-def test_the_command_that_converts_a_file_with_other_columns_can_be_pasted(tmp_path, monkeypatch):
-    """If columns are named, they are those of ANNOTATIONS, which is converted. Otherwise, the validation file is."""
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("usual", ["", "training", "validation"])
+def test_the_commands_that_convert_files_with_other_columns_can_be_pasted(tmp_path, monkeypatch, named, usual):
+    """Before, both commands wrote the folder prepared, so the second one failed, and VAL_ANNOTATIONS was the training file."""
     monkeypatch.chdir(tmp_path)
-    Path("x").mkdir()
-    for name in ("my a.csv", "b.csv"):
-        Path(name).touch()
-    named = TrainConfig(annotations="my a.csv", val_annotations="b.jsonl", image_key="Datei", text_key="Wort", image_root="x")
-    with pytest.raises(DataError) as first, of_two_files("b.jsonl", config=named):
-        raise DataError("b.jsonl:1: it has no 'Datei'; its keys are 'image', 'text'")
-    plain = TrainConfig(annotations="a.jsonl", val_annotations="b.csv", image_root="x")
-    with pytest.raises(DataError) as second, of_two_files("b.csv", config=plain):
-        raise DataError('b.csv:1: no column has a known name\nname the columns: --image-key "Datei" --text-key "Wort"')
-    for error, source in ((first, "my a.csv"), (second, "b.csv")):
-        words = shlex.split(str(error.value).splitlines()[-1])
-        config = parse(PrepareConfig, {}, words[2:])
-        assert words[:2] == ["lora-blip", "prepare"]
-        assert (config.source, config.images, config.image_key, config.text_key) == (source, "x", "Datei", "Wort")
+    tiny.write_photos(tmp_path, 6)
+    rows = [(f"{number}.png", f"a cube {number}") for number in range(6)]
+
+    def write(name: str, header: str, own: list[tuple[str, str]]) -> str:
+        Path(name).write_text("\n".join([header, *(f"{image};{text}" for image, text in own)]) + "\n", "utf-8")
+        return name
+
+    training = write("my a.csv", "Datei;Wort", rows[:4])
+    if usual == "training":
+        Path("a.jsonl").write_text("".join(json.dumps({"image": image, "text": text}) + "\n" for image, text in rows[:4]))
+        training = "a.jsonl"
+    validation = write("b.csv", "image;text" if usual == "validation" else "Foto;Satz", rows[4:])
+    keys = {"image_key": "Datei", "text_key": "Wort"} if named else {}
+    config = TrainConfig(annotations=training, val_annotations=validation, image_root="photos", **keys)
+    if not named and usual == "validation":
+        refuse_unknown_columns(validation, NO_KEYS)
+        return
+    with pytest.raises(DataError) as error, of_two_files(validation, config=config):
+        refuse_unknown_columns(validation, keys_of(config))
+    *_, last = (index for index, line in enumerate(str(error.value).splitlines()) if not line.startswith("lora-blip prepare"))
+    lines = str(error.value).splitlines()
+    for line in lines[last + 1 :]:
+        words = shlex.split(line)
+        prepare(parse(PrepareConfig, {}, words[2:]))
+    set_to = dict(re.findall(r'([A-Z_]+) = "([^"]+)"', lines[last]))
+    converted = ["ANNOTATIONS"] * (named and usual != "training") + ["VAL_ANNOTATIONS"] * (usual != "validation")
+    assert list(set_to) == converted and len(lines[last + 1 :]) == len(converted)
+    sources = set_to.get("ANNOTATIONS", training), set_to.get("VAL_ANNOTATIONS", validation)
+    for source, expected in zip(sources, (rows[:4], rows[4:]), strict=True):
+        if named or source != training or usual == "training":
+            found = annotations.read(source, "photos")[0]
+            assert sorted((each.image.name, each.text) for each in found) == expected
 
 
 def test_a_setting_of_annotations_that_is_empty_is_named():

@@ -17,7 +17,6 @@ from typing import Any
 from PIL import Image
 
 from lora_blip.data import columns
-from lora_blip.data.columns import of_two_files
 from lora_blip.data.decoding import undecodable
 from lora_blip.data.entries import KeyFault, LeftOut, Located, Location, SomeLinesError, in_all_lines, in_this_line
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder, Lines, many_objects
@@ -29,6 +28,7 @@ from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.splits import Part, of_one_split
 from lora_blip.data.summary import LISTED, ReadLines, listing, one_problem
+from lora_blip.data.two_files import of_two_files
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import os_error_reason, printable, printable_lines, quoted

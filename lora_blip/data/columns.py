@@ -3,22 +3,16 @@
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault, SomeLinesError, plain_name
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, KeyFault, plain_name
 from lora_blip.data.several_texts import listed, numbered_names, numbered_of
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import pasteable, quoted, shorten
 
 INTEGER = re.compile(r"-?[0-9]+")
-UNKNOWN = re.compile(
-    r"""name the (?:columns|right one):(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+))+)|no column has the name"""
-    r"""|it has no ['"]"""
-)
 SPECIAL = re.compile(r"[\"$`\\!%]")  # characters that a shell interprets between double quotes
 FEW_COLUMNS = 12  # largest number of columns that a message lists
 COMMON = {"image": IMAGE_KEYS, "text": TEXT_KEYS, "question": ("question",), "answers": ANSWER_KEYS}
@@ -55,6 +49,25 @@ def meant(wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[st
     return near | ({"text": ""} if "text" in near and numbered_names(list(map(plain_name, names)), False) else {})
 
 
+def by_content(
+    near: dict[str, str], named: Mapping[str, str], names: Sequence[str], below: Sequence[Sequence[str]]
+) -> dict[str, str]:
+    """Return the result of `meant` with the likely columns of the image and of the text, if no name is similar to theirs.
+
+    The text of questions stays "", and so does that of numbered texts. below: the values of the first rows.
+    """
+    right = {ours: name for ours, name in (dict(named) | near).items() if name}
+    keys = [
+        next((ours for ours, name in right.items() if each in (name, *numbered_of(names, ours, name))), "") for each in names
+    ]
+    plain = list(map(plain_name, names))
+    found = likely(names, keys, below) if below else {}
+    if "question" in (*keys, *plain) or numbered_names(plain, False):
+        found.pop("text", None)
+    free = [each for each, key in zip(names, keys, strict=True) if not key]
+    return {ours: column or (found.get(ours, "") if found.get(ours) in free else "") for ours, column in near.items()}
+
+
 def without_number(ours: str, column: str, names: Sequence[str]) -> str:
     """Return the name of a column, without its number if other columns have the same name with a number."""
     name = re.sub(r"[\s_-]*\d{1,3}$", "", column.strip())
@@ -82,16 +95,18 @@ def near_column(ours: str, name: str, header: Sequence[str]) -> str:
     return plain.get(near, "")
 
 
-def no_column(name: str, named: Mapping[str, str], header: list[str], below: list[list[str]]) -> str:
-    """Return the message for a name that no column has. Its flags correct all wrong names of `named`."""
+def no_column(named: Mapping[str, str], header: list[str], below: list[list[str]]) -> str:
+    """Return the message for names that no column has. Its flags correct all of them."""
     columns = [cell.strip() for cell in header]
     exact = {column.lower(): column for column in reversed(columns)}
     named = {ours: exact.get(each.strip().lower(), each) for ours, each in named.items()}
-    near = meant(absent(named, columns), named, columns)
+    wrong = absent(named, columns)
+    near = by_content(meant(wrong, named, columns), named, columns, below)
     numbered = numbered_names(list(map(plain_name, header)), False)
     read = f'to read {", ".join(numbered)}, name no text: {key_flag("text")} ""'
     fix = read if numbered and near == {"text": ""} else right_flags(near, "column")
-    return f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}\n{fix}"
+    names = " or ".join(map(quoted, wrong.values()))
+    return f"no column has the name {names}; the columns are:\n{described(header, below)}\n{fix}"
 
 
 def no_known_column(what: str, header: list[str], keys: list[str], below: list[list[str]]) -> str:
@@ -122,7 +137,7 @@ def keys_of_columns(path: Path, number: int, header: list[str], below: list[list
             for index, column in enumerate(columns, 1):
                 result[names.index(column)] = f"{ours.removesuffix('s')}_{index}"
         else:
-            raise DataError(f"{path}:{number}: {no_column(name, named, header, below)}")
+            raise DataError(f"{path}:{number}: {no_column(named, header, below)}")
         taken.add(ours)
     has_question = "question" in result
     for ours, known in (("image", IMAGE_KEYS), *((("answers", ANSWER_KEYS),) if has_question else (("text", TEXT_KEYS),))):
@@ -137,38 +152,6 @@ def keys_of_columns(path: Path, number: int, header: list[str], below: list[list
     return result
 
 
-@contextmanager
-def of_two_files(source: str | Path, setting: str = "val_annotations", config: Any = None) -> Iterator[None]:
-    """Add to an error about the columns of the validation file how to convert a file: the flags name the columns of both files.
-
-    If `config` names columns, they are those of ANNOTATIONS, which is then converted. Otherwise, the validation file is.
-    setting: the setting that names the file. If it is not val_annotations, the error does not change.
-    """
-    try:
-        yield
-    except SomeLinesError:
-        raise
-    except DataError as error:
-        if setting != "val_annotations" or not (match := UNKNOWN.search(str(error))):
-            raise
-        names = ("image_key", "text_key", "question_key", "answer_key")
-        given = {name: value for name in names if (value := getattr(config, name, ""))}
-        root = getattr(config, "image_root", "")
-        images = f" --images {quoted_for_shell(root)}" * bool(root)
-        if given:
-            flags = " ".join(f"--{name.replace('_', '-')} {quoted_for_shell(value)}" for name, value in given.items())
-            raise DataError(
-                f"{error}\nthe columns that you name are those of ANNOTATIONS too; if they are not those of this file, convert "
-                'ANNOTATIONS, set ANNOTATIONS = "prepared/train.jsonl", and name no columns:\nlora-blip prepare --source '
-                f"{quoted_for_shell(config.annotations)} {flags}{images} --splits 1 --output-dir prepared"
-            ) from None
-        command = f"lora-blip prepare --source {quoted_for_shell(str(source))}{images} --splits 1 --output-dir prepared"
-        raise DataError(
-            f"{error}\nsuch flags name the columns of ANNOTATIONS too; if its columns have other names, convert this file, and "
-            f'set VAL_ANNOTATIONS = "prepared/train.jsonl":\n{command}{match["flags"] or ""}'
-        ) from None
-
-
 def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
     """Return why an entry has no key with a name that the user gives, or "". Otherwise a common name would be used silently.
 
@@ -181,7 +164,8 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
     wrong = {ours: lacks[ours] for ours in needed if ours in lacks}
     if not wrong:
         return ""
-    near = meant(wrong, named, list(entry))
+    values = [value if isinstance(value, str) else "" for value in entry.values()]
+    near = by_content(meant(wrong, named, list(entry)), named, list(entry), [values])
     start = f"it has no {' and no '.join(map(quoted, wrong.values()))}; its keys are {shorten(quoted(list(entry))[1:-1])}; "
     here = (
         f"write {pasteable(json.dumps(name, ensure_ascii=False))} for {quoted(near[ours])}"
@@ -214,10 +198,15 @@ def swapped(texts: Sequence[str]) -> str:
 
 
 def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[str]]) -> str:
-    """Return flags such as --text-key "words", which name the columns that are most likely the image and the text.
+    """Return flags such as --text-key "words" with the columns of `likely`."""
+    return " ".join(flag_of(ours, name) for ours, name in likely(header, keys, below).items())
 
-    If most cells of a column end with a question mark, the flags name the question and its answer instead of the text.
-    keys: the key that each column has, as far as it is known.
+
+def likely(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Return the columns that are most likely the image and the text, {our key: column}, without those that are in `keys`.
+
+    If most cells of a column end with a question mark, it and its answer are in place of the text. A column is "COLUMN" if none
+    is likely. keys: the key that each column has, as far as it is known.
     """
 
     def share(column: int) -> tuple[float, float]:
@@ -242,7 +231,7 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
 
     image = best("image", range(len(header)), 0)
     if numbered_names(keys, False) and "text" not in keys:  # they are read without a flag
-        return flag_of("image", header[image])
+        return {"image": header[image]}
     others = [column for column in range(len(header)) if column != image] or [image]
     question = next((column for column in others if _asks(column, below)), -1)
     pairs = [("image", image)]
@@ -252,8 +241,7 @@ def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[s
         text = best("text", others, 1)
         objects = any(_is_json(row[column].strip()) for row in below for column in others)
         pairs.append(("text", -1 if objects and not share(text)[1] else text))
-    names = ((ours, name_of(ours, column) if column >= 0 else "COLUMN") for ours, column in pairs if ours not in keys)
-    return " ".join(flag_of(ours, name) for ours, name in names)
+    return {ours: name_of(ours, column) if column >= 0 else "COLUMN" for ours, column in pairs if ours not in keys}
 
 
 def _is_json(cell: str) -> bool:

@@ -56,6 +56,10 @@ class ImageSource:
         """image_root: a folder that the paths of a list may be relative to, besides the folder of the list."""
         self.setting, self.image_root = local_path(str(setting)), image_root
         self.others: Counter[str] = Counter()
+        if not str(setting).strip():
+            raise ImageError(
+                "IMAGES (--images) is empty; give a file, a folder, a glob or a list; for the current folder, give '.'"
+            )
         self.moved_line = ""  # a message about paths of a list that were found by their last parts; it is set by an iteration
         problem = ""
         for example in self:

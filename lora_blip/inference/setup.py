@@ -140,7 +140,7 @@ def read_adapter(adapter: str | Path, task: str = "auto") -> Adapter:
         if not isinstance(adapter, str | Path) or is_too_long(str(adapter)):
             raise
         looks_like_base = (Path(adapter) / "config.json").is_file() or HUB_NAME.fullmatch(str(adapter))
-        if not looks_like_base or Path(adapter).is_file() or Path(adapter).parent == runs.RUNS:
+        if not looks_like_base or Path(adapter).is_file() or Path(adapter).parent == runs.RUNS or runs.is_run(Path(adapter)):
             raise
         raise AdapterError(f"{error}. If it is a base: lora_blip.Captioner.from_adapter(None, base={str(adapter)!r})") from None
 

@@ -21,7 +21,7 @@ from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora import attached, header, injection, peft_format
 from lora_blip.lora.adapter_tensors import check_keys, check_values, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
-from lora_blip.lora.fingerprint import dtype_note, samples, weights_dtype
+from lora_blip.lora.fingerprint import digest_of, dtype_note, samples, weights_dtype
 from lora_blip.lora.fit import check_fit, check_image_size, image_size_of
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
 from lora_blip.lora.model_lock import changing
@@ -31,7 +31,7 @@ from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
 from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.system_errors import reason_and_fix
-from lora_blip.runtime.untrusted import os_error_reason, quoted, shorten
+from lora_blip.runtime.untrusted import PointerError, os_error_reason, quoted, shorten
 from lora_blip.version import __version__
 
 
@@ -100,6 +100,12 @@ def refuse_wrapper(model: nn.Module, module: str) -> None:
         raise LoRAError(f"the adapter is on a part of this {type(model).__name__}; give that part: {inner}") from None
 
 
+def no_such_adapter(model: nn.Module, name: str) -> AdapterError:
+    others = " or ".join(f"name={each!r}" for each in attached.names(model))
+    fix = f"it has {others}" if others else "put one on it, and train it: lora_blip.inject(model, 'vit')"
+    return AdapterError(f"the model has no adapter {quoted(name)}; {fix}")
+
+
 def save(
     path: str | Path,
     backbone: Loaded | nn.Module,
@@ -123,8 +129,7 @@ def save(
     check_target(path, overwrite)
     loras = attached.adapters(model, name)
     if not loras:
-        others = " or ".join(f"name={each!r}" for each in attached.names(model)) or "none"
-        raise AdapterError(f"the model has no adapter {quoted(name)}; it has {others}")
+        raise no_such_adapter(model, name)
     refuse_wrapper(model, next(iter(loras.values())).site.module)
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
@@ -150,6 +155,7 @@ def save(
             "architecture": type(model).__name__,
             "dtype": weights_dtype(model, loras.values()),
             "samples": base_samples,
+            "baked": bool(vars(model).get(attached.BAKED)),
             **image_size_of(model),
         },
         "task": task or {},
@@ -171,6 +177,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and their header as an adapter file, which appears under its name only when it is complete."""
+    metadata = metadata | {header.OWN_DIGEST: digest_of(metadata)}
     write_whole(path, serialise(tensors, {"lora_blip": json.dumps(metadata)}))
 
 
@@ -192,6 +199,8 @@ def read(path: str | Path) -> Adapter:
         raise AdapterError(f"adapter {str(path)!r} does not exist; correct the path, or give 'latest'") from None
     except HeaderError as error:
         raise AdapterError(f"{path}: {error}") from None
+    except PointerError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
     except (safetensors.SafetensorError, OSError) as error:
         if reason := reason_and_fix(error, path):
             raise AdapterError(f"{path} cannot be read: {reason}") from None

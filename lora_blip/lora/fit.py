@@ -22,6 +22,11 @@ def check_fit(model: nn.Module, adapter: "Adapter", dropout: float = 0.0) -> Non
     remedy = (
         f"the adapter was trained on {quoted(adapter.base)}; load that base" if adapter.base else "load the base of the adapter"
     )
+    if adapter.metadata["base"].get("baked"):
+        remedy = (
+            f"it was trained on {quoted(adapter.base)} after another adapter had been merged permanently into it; first merge "
+            "that one with lora_blip.bake"
+        )
     for site in adapter.sites:
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):

@@ -1,12 +1,13 @@
 """Check the header of an adapter file before it is used: the file may be untrusted."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from lora_blip.lora.fingerprint import is_sample
+from lora_blip.lora.fingerprint import digest_of, is_sample
 from lora_blip.lora.sites import Site
 from lora_blip.runtime.setting_checks import VARIANTS
 from lora_blip.runtime.untrusted import WITH_NAN, UnreadableError, is_path, open_regular, parsed, quoted
@@ -18,6 +19,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # t
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 BLOCK = re.compile(r"[\w-]{0,64}")
 MISSING = object()
+OWN_DIGEST = "header_sha256"  # key of the digest of all other entries
 FIX = "copy the file again, or train the adapter again"
 
 
@@ -29,6 +31,9 @@ def check_size(path: Path) -> None:
     """Raise UnreadableError if the header is too long. Its length is in the first eight bytes; safetensors accepts 100 MB."""
     with open_regular(path) as file:
         claimed = int.from_bytes(file.read(8), "little")
+        size = file.seek(0, os.SEEK_END)
+    if claimed > size:
+        raise UnreadableError("its first bytes are not those of safetensors")
     if claimed > LARGEST:
         raise UnreadableError(f"its header has {claimed:,} bytes, more than {LARGEST:,}")
 
@@ -83,6 +88,7 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base.name": (is_path, "a name or path"),
     "base.samples": (is_object, "an object"),
     "base.dtype": (is_text, "a text"),
+    "base.baked": (is_flag, "true or false"),
     "base.image_size": (whole(1, 4096), "a number from 1 to 4096"),
     "task": (is_object, "an object"),
     "task.name": (is_text, "a text"),
@@ -115,6 +121,8 @@ def parse_header(text: str) -> dict[str, Any]:
             f"it has format {quoted(version)}, and this lora_blip reads formats up to {FORMAT_VERSION}; upgrade it: "
             "pip install --upgrade lora_blip"
         )
+    if is_object(metadata) and metadata.pop(OWN_DIGEST, None) not in (None, digest_of(metadata)):  # earlier versions wrote none
+        raise HeaderError("it is damaged: its header has changed since it was saved; copy it again")
     for place, (fits, expected) in KNOWN.items():
         value = _at(metadata, place)
         if value is MISSING and place not in NEEDED:
@@ -130,7 +138,7 @@ def parse_header(text: str) -> dict[str, Any]:
     wrong = [path for path, sample in samples.items() if not is_sample(sample)]
     wrong += [address for address, entry in modules.items() if not _is_sampled(entry, samples)]
     if wrong:
-        raise HeaderError(f"its header cannot be understood (the entry for {quoted(wrong[0])}); train the adapter again")
+        raise HeaderError(f"its header cannot be understood (the entry for {quoted(wrong[0])}); {FIX}")
     return metadata
 
 

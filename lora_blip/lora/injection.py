@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from lora_blip.errors import LoRAError
 from lora_blip.lora.adapter_tensors import parameters_of
 from lora_blip.lora.attached import (
+    BAKED,
     BARE,
+    MERGED_FOR_GOOD,
     Loaded,
     adapted_linears,
     adapters,
@@ -37,8 +39,12 @@ from lora_blip.runtime.process_state import PROCESS_STATE
 from lora_blip.runtime.untrusted import quoted
 
 KEPT = (
-    "inject: the model already has the adapter {name!r} on these linears. Its weights are kept, and its dropout is now "
-    "{dropout}. For new weights, first call lora_blip.eject(model, {name!r})"
+    "inject: the model already has the adapter {name!r} on these linears. Its weights are kept{dropout}. "
+    "For new weights, first call lora_blip.eject(model, {name!r})"
+)
+ON_BAKED = (
+    f"inject: {MERGED_FOR_GOOD}. The new adapter {{name!r}} fits only a base with this merge: to load it again, first merge "
+    "that adapter with lora_blip.bake, or save this model with model.save_pretrained(folder)"
 )
 
 ROUNDING = 1.001  # of the largest value that torch.nn.init.kaiming_uniform_ can draw
@@ -91,7 +97,11 @@ def _put_new(model: nn.Module, sites: list[Site], dropout: float, name: str) -> 
         )
     check_sites(model, sites, dropout)
     if present:
-        print(KEPT.format(name=name, dropout=dropout), file=sys.stderr, flush=True)
+        changed = any(lora.dropout != dropout for lora in present.values())
+        note = f", and its dropout is now {dropout}" * changed
+        print(KEPT.format(name=name, dropout=note), file=sys.stderr, flush=True)
+    elif vars(model).get(BAKED):
+        print(ON_BAKED.format(name=name), file=sys.stderr, flush=True)
     for lora in present.values():
         lora.dropout = dropout
     if not present:

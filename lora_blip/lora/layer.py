@@ -67,7 +67,7 @@ class LoRA(nn.Module):
 def lora_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """Return y + Σ (alpha / r) · B A x over the adapters that are not merged. `use_adapters` can choose among them."""
     stack, x = linear.lora, input_of(args, kwargs)
-    if stack.routing is not None and stack.routing.used:  # adapters may be off, act on some rows only, or be of DoRA
+    if stack.routing is not None and stack.routing.used:  # an adapter is off, acts on some rows only, or is of DoRA
         return cast(Tensor, stack.routing.add_updates(linear, x, output))
     for key, adapter in stack.items():
         if key not in stack.merged:

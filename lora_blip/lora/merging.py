@@ -147,7 +147,8 @@ def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None
     if not keys:
         held = ", ".join(attached.names(model))
         reason = f"; those of a Captioner are not merged: {held}" if held else ""
-        raise LoRAError(f'the model has no adapter to merge{reason}; first call lora_blip.load_adapter(backbone, "latest")')
+        fix = 'first call lora_blip.load_adapter(backbone, "latest"), or inject and train one'
+        raise LoRAError(f"the model has no adapter to merge{reason}; {fix}")
 
 
 def writing(model: nn.Module, change: Callable[[dict[str, Any]], None]) -> None:

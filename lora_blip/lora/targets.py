@@ -209,15 +209,17 @@ def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
     parts = re.split(r"[\s;+|]+", target.strip())
     if len(parts) > 1 and all(map(counts.get, parts)):
         return ",".join(parts)
-    if (one := re.fullmatch(r"([\w.]+)\[(\d+)\]", target.strip())) and counts.get(one[1]):  # one block, as in Python
-        return f"{one[1]}[{one[2]}:{int(one[2]) + 1}]"
+    one = re.fullmatch(r"([\w.]+)\[(\d+)(?:-(\d+))?\]", target.strip())  # vit[3] or vit[0-3]
+    if one and counts.get(one[1]):
+        last = _last_block(one[1], linears)
+        first = min(int(one[2]), last)
+        return f"{one[1]}[{first}:{min(max(int(one[3] or first), first), last) + 1}]"
     if (inside := re.fullmatch(r"(\w+)(\[\d*:\d*\])(\.\w+)", target.strip())) and counts.get(inside[1] + inside[3]):
         return inside[1] + inside[3] + inside[2]
     match = GRAMMAR.fullmatch(target.strip())
     name = match["body"] if match else target.strip()
     if counts.get(name):  # the preset matches linears, but none in these blocks
-        last = max(layer_number(path) for path in linears if re.fullmatch(PRESETS[name][0], path))
-        return f"{name}[0:{last + 1}]"
+        return f"{name}[0:{_last_block(name, linears) + 1}]"
     if counts.get(preset := OTHER_NAMES.get(name.lower(), "")):
         return preset
     part, _, last_name = name.partition(".")
@@ -229,6 +231,11 @@ def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
         return f".*{re.escape('.' + name)}"
     near = difflib.get_close_matches(name.lower(), [preset for preset, count in counts.items() if count], 1)
     return near[0] if near else ""
+
+
+def _last_block(preset: str, linears: list[str]) -> int:
+    """Return the number of the last block with a linear of a preset."""
+    return max(layer_number(path) for path in linears if re.fullmatch(PRESETS[preset][0], path))
 
 
 def table(model: nn.Module, name: str = "default") -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_blip.errors import ModelError
 from lora_blip.models.local_base import locate_base
 from lora_blip.models.weight_names import SAFE_SHARDS, SAFE_WEIGHTS, without_prefix
-from lora_blip.runtime.untrusted import open_regular, quoted
+from lora_blip.runtime.untrusted import PointerError, open_regular, quoted
 
 
 class WeightReader:
@@ -27,6 +27,8 @@ class WeightReader:
             try:
                 with open_regular(path), safe_open(path, "pt") as file:
                     stored |= {weight: (path, weight) for weight in file.keys()}
+            except PointerError as error:
+                raise ModelError(f"the weights of {name!r} cannot be loaded: {quoted(path.name)}: {error}") from None
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(path, error) from None
         self.places = without_prefix(stored)

@@ -44,6 +44,10 @@ class UnreadableError(OSError):
     """The path exists but is not a readable file. The message says what it is."""
 
 
+class PointerError(UnreadableError):
+    """The file is a pointer of Git LFS. The message contains the command that gets the file."""
+
+
 def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
     """Open a regular file that is not empty and has at most `largest` bytes, for reading. Raise OSError for any other.
 
@@ -70,9 +74,9 @@ def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
 
 
 def _refuse_pointer(file: BinaryIO) -> None:
-    """Raise UnreadableError if a file is a pointer of Git LFS. Otherwise its position is the start, as before."""
+    """Raise PointerError if a file is a pointer of Git LFS. Otherwise its position is the start, as before."""
     if file.read(len(LFS)) == LFS:
-        raise UnreadableError("it is a pointer of Git LFS, not the file; install Git LFS, and run in its folder: git lfs pull")
+        raise PointerError("it is a pointer of Git LFS, not the file; install Git LFS, and run in its folder: git lfs pull")
     file.seek(0)
 
 

@@ -21,7 +21,8 @@ def lost_accents(tokenizer: Any, texts: Iterable[str]) -> str:
     example = f"{first} → {without_accents(first)}"
     return (
         f"note: the tokenizer of this base removes accents, in {lost} of {counted(count, 'text')}: {example}. Generated texts "
-        "have no accents. Exact match ignores this, and the other scores count such words as different. A BLIP-2 keeps accents"
+        "have no accents. Exact match of captions ignores accents. All other scores, also VQA accuracy, compare them. "
+        "A BLIP-2 keeps accents"
     )
 
 

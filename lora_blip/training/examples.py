@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, splits
-from lora_blip.data.columns import of_two_files
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.grouping import Groups
 from lora_blip.data.split_leaks import Thumbnails
+from lora_blip.data.two_files import of_two_files
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable

@@ -21,6 +21,7 @@ from lora_blip.inference.commands import expand
 from lora_blip.inference.image_inputs import open_input
 from lora_blip.inference.pipeline import infer
 from lora_blip.runtime.user_paths import local_path
+from tests.support import tiny
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 
@@ -275,3 +276,13 @@ def test_a_missing_folder_of_images_suggests_the_nearest(tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(ImageError, match=r"no image found at '.*foto'.*; did you mean '.*photos'\? Otherwise give a file"):
         ImageSource(tmp_path / "foto")
+
+
+@pytest.mark.parametrize("setting", ["", " "])
+def test_an_empty_setting_is_not_the_current_folder(setting, tmp_path, monkeypatch):
+    """Before, `infer` predicted all images below the working folder, also those of .venv."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_photos(tmp_path, 2)
+    with pytest.raises(ImageError, match=r"IMAGES \(--images\) is empty; .* for the current folder, give '\.'"):
+        ImageSource(setting)
+    assert len(list(ImageSource("."))) == 2

@@ -197,6 +197,20 @@ def test_a_template_of_the_file_name_gives_captions(run, tmp_path):
     assert texts == ["7", "a cat", "a red dog", "{class}"]
 
 
+@pytest.mark.parametrize("loose", [["x.png"], ["x.png", "y.png", "z.png"]])
+def test_an_image_beside_class_folders_is_the_reason_why_a_template_cannot_be_used(run, tmp_path, loose):
+    """Before, the error asked for text files with captions, and did not name the images without a class."""
+    folder = photos(tmp_path / "set", "cat/a.png", "dog/b.png", *loose)
+    count = "3 images are" if len(loose) > 1 else "1 image is"
+    with pytest.raises(
+        DataError, match=re.escape(f"{count} directly in {folder}, such as x.png, so the class is unknown; move")
+    ):
+        run(folder, template="a photo of a {class}")
+    for name in loose:
+        (folder / name).unlink()
+    assert [line["text"] for line in run(folder, template="a photo of a {class}")] == ["a photo of a cat", "a photo of a dog"]
+
+
 def test_train_and_val_above_class_folders_are_splits(tmp_path):
     photos(tmp_path / "set", "train/cat/1.png", "val/cat/2.png", "train/dog/3.png")
     config = PrepareConfig(source=str(tmp_path / "set"), output_dir=str(tmp_path / "o"), template="a {class}")

@@ -12,9 +12,9 @@ from PIL import Image
 
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
-from lora_blip.data.columns import of_two_files
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.data.two_files import of_two_files
 from lora_blip.errors import DataError
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask

@@ -181,7 +181,11 @@ def test_all_wrong_columns_are_corrected_at_once(folder):
 @pytest.mark.parametrize(
     ("row", "keys", "fix"),
     [
-        ({"Datei": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Foto", "Satz"), '--image-key ""'),  # "Satz" is right
+        ({"Datei": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Foto", "Satz"), '--image-key "Datei"'),  # "Satz" is right
+        ({"Datei": "0.png", "Beschreibung": "a b"}, ("Dateien", "Text"), '--image-key "Datei" --text-key "Beschreibung"'),
+        ({"Datei": "0.png", "Beschreibung": "a b"}, ("Foto", "Satz"), '--image-key "Datei" --text-key "Beschreibung"'),
+        ({"Nr": "1", "Satz": "a b", "Datei": "0.png"}, ("Foto", "Text"), '--image-key "Datei" --text-key "Satz"'),
+        ({"Foto": "0.png", "Was": "a b"}, ("Foto", "Beschreibung"), '--text-key "Was"'),
         ({"Bild": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Bilder", "Satz"), '--image-key "Bild"'),
         ({"Bild": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Bild", "Sats"), '--text-key "Satz"'),
         ({"Bild": "0.png", "Satz 1": "a", "Satz 2": "b"}, ("Bilder", "Sats"), '--image-key "Bild" --text-key "Satz"'),
@@ -199,12 +203,10 @@ def test_the_flags_in_an_error_correct_every_wrong_name_and_keep_the_right_ones(
     assert (
         re.search(r"(?:did you mean|no such column:|no such key:|name no text:) (--.*?)\??$", str(error.value), re.M)[1] == fix
     )
-    if fix != '--image-key ""':
-        new = dict(zip(shlex.split(fix)[::2], shlex.split(fix)[1::2], strict=True))
-        right = Keys(new.get("--image-key", keys[0]), new.get("--text-key", keys[1]), "", "")
-        assert [each.text for each in annotations.read(source, keys=right)[0]] == [
-            text for name, text in row.items() if text != "0.png"
-        ]
+    new = dict(zip(shlex.split(fix)[::2], shlex.split(fix)[1::2], strict=True))
+    right = Keys(new.get("--image-key", keys[0]), new.get("--text-key", keys[1]), "", "")
+    texts = [text for text in row.values() if text not in ("0.png", "1")]
+    assert [each.text for each in annotations.read(source, keys=right)[0]] == texts
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "mapping", "parquet"])

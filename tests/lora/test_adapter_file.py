@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -32,6 +33,7 @@ def rewrite(path: Path, tensors=None, header=None) -> Path:
     with safetensors.safe_open(path, "pt") as file:
         old = {key: file.get_tensor(key) for key in file.keys()}
         metadata = json.loads(file.metadata()["lora_blip"])
+    metadata.pop("header_sha256")  # as in files of earlier versions: a changed header would be an error
     new = {key: value for key, value in (old | (tensors or {})).items() if value is not None}
     safetensors.torch.save_file(new, path, {"lora_blip": json.dumps(metadata | (header or {}))})
     return path
@@ -163,6 +165,7 @@ def test_a_damaged_file_is_refused_with_the_reason(make, saved):
             "tensors": {b: torch.full_like(adapter_file.read(saved).tensors[b], torch.nan)},
             "header": {"sha256": ""},
         },
+        "is damaged: its header has changed since it was saved; copy it again": {"header": {"header_sha256": "0" * 64}},
         "every lora_B is zero": {
             "tensors": {k: torch.zeros_like(t) for k, t in adapter_file.read(saved).tensors.items() if k.endswith("lora_B")},
             "header": {"sha256": ""},
@@ -187,6 +190,30 @@ def test_a_damaged_file_is_refused_with_the_reason(make, saved):
         assert not attached.names(backbone.model)
 
 
+def test_each_flipped_bit_of_the_header_is_an_error_or_changes_nothing(saved):
+    """Before, a flipped bit in an alpha was loaded, and gave other results without a message."""
+    whole = saved.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    expected, random = adapter_file.read(saved), np.random.default_rng(0)
+    alpha = whole.index(b'alpha\\": ') + 9
+    places = zip(random.integers(8, 8 + length, 400).tolist(), random.integers(0, 8, 400).tolist(), strict=True)
+    refused = 0
+    for place, bit in [*((alpha, bit) for bit in range(8)), *places]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        saved.write_bytes(damaged)
+        try:
+            found = adapter_file.read(saved)
+        except AdapterError:
+            refused += 1
+        else:
+            assert (
+                all(found.metadata[key] == value for key, value in expected.metadata.items())
+                and found.tensors.keys() == expected.tensors.keys()
+            ), place
+    assert refused > 350
+
+
 def test_a_missing_incomplete_or_foreign_file_is_refused(tmp_path, saved):
     with pytest.raises(AdapterError, match="does not exist"):
         adapter_file.read(tmp_path / "none.safetensors")
@@ -197,6 +224,32 @@ def test_a_missing_incomplete_or_foreign_file_is_refused(tmp_path, saved):
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "y.safetensors")
     with pytest.raises(AdapterError, match="not written by lora_blip"):
         adapter_file.read(tmp_path / "y.safetensors")
+
+
+def test_a_file_that_is_no_safetensors_is_named_as_such(tmp_path):
+    """Before, the reason was a header of 7,306,087,010,016,430,715 bytes."""
+    (tmp_path / "config.json").write_text('{"model_type": "blip", "more": "and more"}')
+    with pytest.raises(AdapterError, match=r"its first bytes are not those of safetensors\); give a run folder"):
+        adapter_file.read(tmp_path / "config.json")
+
+
+def test_an_adapter_that_was_trained_on_a_baked_model_names_the_reason(make, saved, tmp_path, capsys):
+    """Before, the advice was to load the base, which is what the caller had done."""
+    baked = make("blip")
+    adapter_file.load(baked, saved)
+    merging.bake(baked.model)
+    capsys.readouterr()
+    inject(baked, "vit")
+    assert "The new adapter 'default' fits only a base with this merge" in capsys.readouterr().err
+    second = adapter_file.save(tmp_path / "second.safetensors", baked)
+    with pytest.raises(AdapterError, match=r"merged permanently into it; first merge that one with lora_blip\.bake") as e:
+        adapter_file.load(make("blip"), second)
+    assert "load that base" not in str(e.value) and "load_backbone" not in str(e.value)
+    again = make("blip")  # the fix
+    adapter_file.load(again, saved)
+    merging.bake(again.model)
+    adapter_file.load(again, second)
+    assert torch.equal(logits_of(again), logits_of(baked))
 
 
 def test_an_untrained_adapter_is_not_saved_and_no_file_is_overwritten(make, tmp_path):

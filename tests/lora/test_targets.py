@@ -108,6 +108,9 @@ def test_presets_match_the_expected_number_of_linears_in_real_sizes():
         ("vit.fc1", r"'vision_model.*\.fc1'"),
         ("text.dense", r"'text_.*\.dense'"),
         ("text[1]", "'text[1:2]'"),
+        ("text[3]", "'text[1:2]'"),  # it has blocks 0 and 1
+        ("vit[0-1]", "'vit[0:2]'"),
+        ("vit[0-7]", "'vit[0:2]'"),
         ("text[0:1].q", "'text.q[0:1]'"),
         ("vit text", "'vit,text'"),
         ("vit+text", "'vit,text'"),

@@ -276,6 +276,10 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
             f"template = {template!r}: the images are in several folders and would all have this caption; give a template with "
             f'{CLASS}, the name of the folder, or {NAME}, the name of the file: --template "{TEMPLATE}"'
         )
+    loose = [image for image in layout.images if "/" not in image]
+    if CLASS in template and loose and not one_folder:
+        where = f"{counted(len(loose), 'image', 'are')} directly in {folder}, such as {loose[0]}, so the class is unknown"
+        raise DataError(f"template = {template!r}: {where}; move each image into the folder of its class, or elsewhere")
     if not layout.class_folders or one_folder or not (template or layout.classes):
         name, same = (f'{prepare} --template "{each}"' for each in (NAME, "a photo of my dog"))
         raise DataError(

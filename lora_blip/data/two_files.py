@@ -1,0 +1,76 @@
+"""Say in an error about the columns of VAL_ANNOTATIONS how to convert a file: a flag names the columns of both files."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lora_blip.data.columns import COMMON, flag_of, key_flag
+from lora_blip.data.entries import SomeLinesError, plain_name
+from lora_blip.errors import DataError
+from lora_blip.runtime.files import unused_path
+from lora_blip.runtime.system_errors import quoted_for_shell
+from lora_blip.runtime.untrusted import open_regular
+
+FLAGS = r"""(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+?))+)"""
+FIX = re.compile(rf"(?:\n|; )(?:did you mean|name the (?:columns|right one):|if the file has no such \w+:){FLAGS}\??(?=\s|$)")
+UNKNOWN = re.compile(r"""name the (?:columns|right one):|no column has the name|it has no ['"]""")
+OURS = {key_flag(ours): ours for ours in COMMON}
+KEYS = {"image": "image_key", "text": "text_key", "question": "question_key", "answers": "answer_key"}
+LONGEST_LINE = 2**16  # bytes of the first line of ANNOTATIONS that are read
+
+
+@contextmanager
+def of_two_files(source: str | Path, setting: str = "val_annotations", config: Any = None) -> Iterator[None]:
+    """Add to an error about the columns of the validation file how to convert files, because the flags name those of both.
+
+    setting: the setting that names the file. If it is not val_annotations, the error does not change.
+    """
+    try:
+        yield
+    except SomeLinesError:
+        raise
+    except DataError as error:
+        if setting != "val_annotations" or not UNKNOWN.search(str(error)):
+            raise
+        raise DataError(_with_commands(str(error), str(source), config)) from None
+
+
+def _with_commands(message: str, source: str, config: Any) -> str:
+    """Return the message with the commands that convert the files to the usual columns, so that no column must be named."""
+    given = {ours: value for ours, name in KEYS.items() if (value := getattr(config, name, ""))}
+    fix = FIX.search(message)
+    words = shlex.split(fix["flags"]) if fix else []
+    meant = {OURS[flag]: value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    names = {ours: value for ours, value in (given | meant).items() if value}  # of the columns of the validation file
+    files = []  # (setting, file, the names of its columns, the folder of the converted file)
+    if given and not _has_usual_keys(config.annotations):
+        files.append(("ANNOTATIONS", config.annotations, given, unused_path(Path("prepared"))))
+    if not given or any(plain_name(value) not in COMMON[ours] for ours, value in names.items()):
+        files.append(("VAL_ANNOTATIONS", source, names, unused_path(Path("prepared_val"))))
+    if given:  # the flags of the message would name the wrong columns of ANNOTATIONS
+        message = message.replace(fix[0], "") if fix else message
+        start = "the columns that you name are also those of ANNOTATIONS; if this file has other columns, name no columns"
+    else:
+        start = "such flags name the columns of ANNOTATIONS too; if its columns have other names, convert this file"
+    settings = " and ".join(f'{setting} = "{folder.as_posix()}/train.jsonl"' for setting, *_, folder in files)
+    start += f", {'convert the files below, and ' * bool(given)}set {settings}" * bool(files)
+    root = getattr(config, "image_root", "")
+    more = (f" --images {quoted_for_shell(root)}" * bool(root)) + " --splits 1 --output-dir"
+    commands = [
+        f"lora-blip prepare --source {quoted_for_shell(path)}{more} {quoted_for_shell(str(folder))}"
+        + "".join(f" {flag_of(ours, value)}" for ours, value in columns.items())
+        for _, path, columns, folder in files
+    ]
+    return "\n".join([message, f"{start}:" if commands else start, *commands])
+
+
+def _has_usual_keys(annotations: str) -> bool:
+    """Return True if the first line of ANNOTATIONS is that of a JSONL file with the usual keys, such as one of `prepare`."""
+    with suppress(OSError, ValueError), open_regular(annotations) as file:
+        line = json.loads(file.readline(LONGEST_LINE))
+        return isinstance(line, dict) and "image" in line and ("text" in line or "question" in line)
+    return False
