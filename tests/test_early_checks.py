@@ -242,3 +242,21 @@ def test_a_setting_of_annotations_that_is_empty_is_named():
     with pytest.raises(DataError, match=r"^annotations is empty; give a \.jsonl file"):
         require_annotations("")
     require_annotations(".")
+
+
+@pytest.mark.parametrize(
+    "name", ['a"b', "it's", "x; did you mean --x-key y", "a \\ b", "$(id)", "--text-key", "did you mean --text-key 'z"]
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_strange_names_of_columns_end_in_one_error(tmp_path, monkeypatch, name, kind):
+    """Their text is in the message that is searched for flags."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_photos(tmp_path, 1)
+    for keys in ({}, {"image_key": "Datei"}):
+        if kind == "csv":
+            (tmp_path / "b.csv").write_text('"{}";Bild\na;0.png\n'.format(name.replace('"', '""')))
+        else:
+            (tmp_path / "b.jsonl").write_text(json.dumps({name: "a", "Bild": "0.png"}) + "\n")
+        config = TrainConfig(annotations="a.jsonl", val_annotations=f"b.{kind}", image_root="photos", **keys)
+        with pytest.raises(DataError, match="prepared_val/train"), of_two_files(f"b.{kind}", config=config):
+            annotations.read(f"b.{kind}", "photos", keys=keys_of(config))

@@ -1,4 +1,4 @@
-"""Say in an error about the columns of VAL_ANNOTATIONS how to convert a file: a flag names the columns of both files."""
+"""Add the commands that convert files to an error about the columns of VAL_ANNOTATIONS: a flag names those of both files."""
 
 import json
 import re
@@ -43,9 +43,9 @@ def _with_commands(message: str, source: str, config: Any) -> str:
     """Return the message with the commands that convert the files to the usual columns, so that no column must be named."""
     given = {ours: value for ours, name in KEYS.items() if (value := getattr(config, name, ""))}
     fix = FIX.search(message)
-    words = shlex.split(fix["flags"]) if fix else []
-    meant = {OURS[flag]: value for flag, value in zip(words[::2], words[1::2], strict=True)}
-    names = {ours: value for ours, value in (given | meant).items() if value}  # of the columns of the validation file
+    names = {
+        ours: value for ours, value in (given | _columns_of(fix)).items() if value
+    }  # of the columns of the validation file
     files = []  # (setting, file, the names of its columns, the folder of the converted file)
     if given and not _has_usual_keys(config.annotations):
         files.append(("ANNOTATIONS", config.annotations, given, unused_path(Path("prepared"))))
@@ -66,6 +66,14 @@ def _with_commands(message: str, source: str, config: Any) -> str:
         for _, path, columns, folder in files
     ]
     return "\n".join([message, f"{start}:" if commands else start, *commands])
+
+
+def _columns_of(fix: re.Match[str] | None) -> dict[str, str]:
+    """Return the columns that the flags of a message name, {our key: column}, or {} if its text comes from a strange file."""
+    with suppress(ValueError, KeyError):
+        words = shlex.split(fix["flags"]) if fix else []
+        return {OURS[flag]: value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    return {}
 
 
 def _has_usual_keys(annotations: str) -> bool:

@@ -32,7 +32,7 @@ def check_size(path: Path) -> None:
     with open_regular(path) as file:
         claimed = int.from_bytes(file.read(8), "little")
         size = file.seek(0, os.SEEK_END)
-    if claimed > size:
+    if claimed > max(size, LARGEST):
         raise UnreadableError("its first bytes are not those of safetensors")
     if claimed > LARGEST:
         raise UnreadableError(f"its header has {claimed:,} bytes, more than {LARGEST:,}")
