@@ -100,10 +100,9 @@ def test_an_adapter_of_version_one_is_saved_as_it_was(here, name):
     again = adapter_file.read(adapter_file.save(here / "again.safetensors", backbone, task=then.task))
     assert list(then.tensors) == list(again.tensors)
     assert all(torch.equal(then.tensors[key], again.tensors[key]) for key in then.tensors)
-    assert (
-        again.metadata["lora"] == then.metadata["lora"]
-        and again.metadata["base"]["samples"] == then.metadata["base"]["samples"]
-    )
+    assert again.metadata["lora"] == then.metadata["lora"]
+    before, after = then.metadata["base"]["samples"], again.metadata["base"]["samples"]
+    assert before == {path: after[path] for path in before}  # later versions sample the other linears too
     assert all(x.scale == x.site.alpha / x.site.r for x in attached.adapters(backbone.model).values())
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints of a base: a few weights of some linears, to detect that an adapter is loaded on another base."""
+"""Fingerprints of a base: a few weights of each linear, to detect that an adapter is loaded on another base."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip.lora.layer import AdapterStack, LoRA
-from lora_blip.lora.sites import is_linear, is_quantized, quantization, quantization_of, tied
+from lora_blip.lora.sites import is_linear, is_quantized, modules_of, quantization, quantization_of, tied
 
 SAMPLES = 16  # sampled weights of each linear, evenly spaced
 LARGEST = torch.finfo(torch.float32).max
@@ -30,15 +30,13 @@ def settings_of(part: Any) -> dict[str, Any]:
 
 
 def sampled(model: nn.Module, adapters: Iterable[LoRA]) -> list[str]:
-    """Return the paths of the linears to sample: those with adapters, and the last linear of each child of the model.
+    """Return the paths of the linears to sample: those with adapters, and all others that do not share their weight.
 
-    The second group shows whether the rest of the base is the same. A linear that shares its weight is not in it.
+    The second group shows whether the rest of the base is the same. Earlier versions sampled fewer.
     """
     paths, shared = [lora.site.module for lora in adapters], tied(model)
-    for part, child in model.named_children():
-        inside = [f"{part}.{path}" for path, module in child.named_modules() if path and is_linear(module)]
-        paths += [path for path in inside if path not in shared][-1:]
-    return list(dict.fromkeys(paths))
+    inside = [path for path, module in modules_of(model).items() if path and is_linear(module) and ".lora" not in path]
+    return list(dict.fromkeys([*paths, *(path for path in inside if path not in shared)]))
 
 
 def samples(

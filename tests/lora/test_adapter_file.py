@@ -140,6 +140,24 @@ def test_a_base_that_differs_only_outside_the_adapted_part_is_refused(make, tmp_
         adapter_file.load(other, path)
 
 
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa", "itm"])
+def test_a_base_with_another_adapter_merged_into_it_is_refused(make, tmp_path, kind):
+    """Before, an adapter of the ViT was loaded on an export of a text adapter, whose last linear was the same."""
+    backbone = make(kind)
+    inject(backbone, "vit.q")
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    for linear in [each for each in adapter_file.read(path).metadata["base"]["samples"] if "vision_model" not in each]:
+        other = make(kind)
+        other.model.get_submodule(linear).weight.data *= 1.02
+        with pytest.raises(AdapterError, match=f"the weights of '{re.escape(linear)}' are not those of the training"):
+            adapter_file.load(other, path)
+    assert not attached.names(other.model)
+    part = "language_model" if kind in ("opt", "t5") else "text_"
+    linears = {name for name, each in backbone.model.named_modules() if isinstance(each, torch.nn.Linear) and part in name}
+    sampled = adapter_file.read(path).metadata["base"]["samples"].keys()
+    assert len(linears - sampled) <= 1  # only the head, if it shares the weight of the embedding
+
+
 def key_of(path: Path, half: str) -> str:
     return next(key for key in adapter_file.read(path).tensors if key.endswith(half))
 
