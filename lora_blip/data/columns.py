@@ -34,11 +34,21 @@ def absent(named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
     return {ours: name for ours, name in named.items() if name not in names and not numbered_of(names, ours, name)}
 
 
-def meant(wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """Return the columns or keys that wrong names mean, {our key: column}. A column is "" if none is similar.
+def meant(
+    wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[str], below: Sequence[Sequence[str]]
+) -> dict[str, str]:
+    """Return the columns or keys that wrong names mean, {our key: column}: by their names, or else by their content.
+
+    wrong: a part of `named`, which is {our key: name that the user gives}. below: the values of the first rows.
+    """
+    return by_content(by_name(wrong, named, names), named, names, below)
+
+
+def by_name(wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Return the columns or keys that have names similar to the wrong ones, {our key: column}. A column is "" if none has.
 
     The columns of the right names are not meant. Of numbered columns, the name is without the number, or "" if it is a known
-    name of texts: then they are read without a flag. wrong: a part of `named`, which is {our key: name that the user gives}.
+    name of texts: then they are read without a flag.
     """
     used = {each for ours, name in named.items() if ours not in wrong for each in (name, *numbered_of(names, ours, name))}
     rest = [each for each in names if each not in used]
@@ -52,9 +62,9 @@ def meant(wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[st
 def by_content(
     near: dict[str, str], named: Mapping[str, str], names: Sequence[str], below: Sequence[Sequence[str]]
 ) -> dict[str, str]:
-    """Return the result of `meant` with the likely columns of the image and of the text, if no name is similar to theirs.
+    """Return the result of `by_name` with the likely columns of the image and of the text, if no name is similar to theirs.
 
-    The text of questions stays "", and so does that of numbered texts. below: the values of the first rows.
+    The text of questions stays "", and so does that of numbered texts.
     """
     right = {ours: name for ours, name in (dict(named) | near).items() if name}
     keys = [
@@ -101,7 +111,7 @@ def no_column(named: Mapping[str, str], header: list[str], below: list[list[str]
     exact = {column.lower(): column for column in reversed(columns)}
     named = {ours: exact.get(each.strip().lower(), each) for ours, each in named.items()}
     wrong = absent(named, columns)
-    near = by_content(meant(wrong, named, columns), named, columns, below)
+    near = meant(wrong, named, columns, below)
     numbered = numbered_names(list(map(plain_name, header)), False)
     read = f'to read {", ".join(numbered)}, name no text: {key_flag("text")} ""'
     fix = read if numbered and near == {"text": ""} else right_flags(near, "column")
@@ -165,7 +175,7 @@ def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
     if not wrong:
         return ""
     values = [value if isinstance(value, str) else "" for value in entry.values()]
-    near = by_content(meant(wrong, named, list(entry)), named, list(entry), [values])
+    near = meant(wrong, named, list(entry), [values])
     start = f"it has no {' and no '.join(map(quoted, wrong.values()))}; its keys are {shorten(quoted(list(entry))[1:-1])}; "
     here = (
         f"write {pasteable(json.dumps(name, ensure_ascii=False))} for {quoted(near[ours])}"

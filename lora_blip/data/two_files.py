@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_blip.data.columns import COMMON, flag_of, key_flag
 from lora_blip.data.entries import SomeLinesError, plain_name
+from lora_blip.data.formats import keys_of
 from lora_blip.errors import DataError
 from lora_blip.runtime.files import unused_path
 from lora_blip.runtime.system_errors import quoted_for_shell
@@ -19,7 +20,6 @@ FLAGS = r"""(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+?))+)"""
 FIX = re.compile(rf"(?:\n|; )(?:did you mean|name the (?:columns|right one):|if the file has no such \w+:){FLAGS}\??(?=\s|$)")
 UNKNOWN = re.compile(r"""name the (?:columns|right one):|no column has the name|it has no ['"]""")
 OURS = {key_flag(ours): ours for ours in COMMON}
-KEYS = {"image": "image_key", "text": "text_key", "question": "question_key", "answers": "answer_key"}
 LONGEST_LINE = 2**16  # bytes of the first line of ANNOTATIONS that are read
 
 
@@ -41,11 +41,10 @@ def of_two_files(source: str | Path, setting: str = "val_annotations", config: A
 
 def _with_commands(message: str, source: str, config: Any) -> str:
     """Return the message with the commands that convert the files to the usual columns, so that no column must be named."""
-    given = {ours: value for ours, name in KEYS.items() if (value := getattr(config, name, ""))}
+    given = keys_of(config).named if config else {}
     fix = FIX.search(message)
-    names = {
-        ours: value for ours, value in (given | _columns_of(fix)).items() if value
-    }  # of the columns of the validation file
+    # of the columns of the validation file
+    names = {ours: value for ours, value in (given | _columns_of(fix)).items() if value}
     files = []  # (setting, file, the names of its columns, the folder of the converted file)
     if given and not _has_usual_keys(config.annotations):
         files.append(("ANNOTATIONS", config.annotations, given, unused_path(Path("prepared"))))

@@ -31,7 +31,7 @@ from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
 from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.system_errors import reason_and_fix
-from lora_blip.runtime.untrusted import PointerError, os_error_reason, quoted, shorten
+from lora_blip.runtime.untrusted import os_error_reason, quoted, shorten
 from lora_blip.version import __version__
 
 
@@ -199,8 +199,6 @@ def read(path: str | Path) -> Adapter:
         raise AdapterError(f"adapter {str(path)!r} does not exist; correct the path, or give 'latest'") from None
     except HeaderError as error:
         raise AdapterError(f"{path}: {error}") from None
-    except PointerError as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from None
     except (safetensors.SafetensorError, OSError) as error:
         if reason := reason_and_fix(error, path):
             raise AdapterError(f"{path} cannot be read: {reason}") from None

@@ -19,9 +19,9 @@ from lora_blip.models import quantization_config
 from lora_blip.models.generation import OPTIONS
 from lora_blip.models.library import Quiet
 from lora_blip.models.unsupported import refuse_folder, unsupported_kind
-from lora_blip.models.weight_names import SAFE_INDEX, SAFE_WEIGHTS, without_prefix
+from lora_blip.models.weight_names import SAFE_INDEX, SAFE_WEIGHTS, unreadable, without_prefix
 from lora_blip.runtime.runs import LARGEST_CONFIG
-from lora_blip.runtime.untrusted import PointerError, UnreadableError, open_regular, os_error_reason, parsed, quoted
+from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, parsed, quoted
 
 LARGEST_INDEX = 2**26  # bytes of the index of weights in many files
 LARGEST_NUMBER = 2**20  # of any number in a config; four times the largest vocabulary of known language models
@@ -262,13 +262,8 @@ def weight_shapes(source: str) -> dict[str, tuple[int, ...]]:
         try:
             with open_regular(path), safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except PointerError as error:
-            raise ModelError(f"the weights of {source!r} cannot be loaded: {quoted(path.name)}: {error}") from None
         except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"the weights of {source!r} cannot be loaded: {quoted(path.name)}: {quoted(str(error))}; download the "
-                "checkpoint again"
-            ) from None
+            raise unreadable(source, path.name, error) from None
     return shapes
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lora_blip.errors import ModelError
 from lora_blip.runtime.counts import counted
-from lora_blip.runtime.untrusted import printable, quoted
+from lora_blip.runtime.untrusted import PointerError, printable, quoted
 
 ANCHOR = "vision_model.embeddings.class_embedding"  # a weight of every BLIP and BLIP-2
 SAFE_WEIGHTS, SAFE_INDEX, SAFE_SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
@@ -60,3 +60,9 @@ def listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = ", …" if len(ordered) > SHOWN else ""
     return f"{counted(len(ordered), 'weight')} ({', '.join(ordered[:SHOWN])}{more})"
+
+
+def unreadable(base: str, file_name: str, error: Exception) -> ModelError:
+    """Return the error for a file of weights that cannot be read. base: the name of the base in messages."""
+    reason = str(error) if isinstance(error, PointerError) else f"{quoted(str(error))}; download the checkpoint again"
+    return ModelError(f"the weights of {base!r} cannot be loaded: {quoted(file_name)}: {reason}")

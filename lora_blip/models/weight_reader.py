@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lora_blip.errors import ModelError
 from lora_blip.models.local_base import locate_base
-from lora_blip.models.weight_names import SAFE_SHARDS, SAFE_WEIGHTS, without_prefix
-from lora_blip.runtime.untrusted import PointerError, open_regular, quoted
+from lora_blip.models.weight_names import SAFE_SHARDS, SAFE_WEIGHTS, unreadable, without_prefix
+from lora_blip.runtime.untrusted import open_regular
 
 
 class WeightReader:
@@ -27,10 +27,8 @@ class WeightReader:
             try:
                 with open_regular(path), safe_open(path, "pt") as file:
                     stored |= {weight: (path, weight) for weight in file.keys()}
-            except PointerError as error:
-                raise ModelError(f"the weights of {name!r} cannot be loaded: {quoted(path.name)}: {error}") from None
             except (OSError, SafetensorError) as error:
-                raise self._unreadable(path, error) from None
+                raise unreadable(name, path.name, error) from None
         self.places = without_prefix(stored)
 
     def read(self, module: str) -> Tensor | None:
@@ -42,7 +40,7 @@ class WeightReader:
             with safe_open(path, "pt") as file:  # opened for each weight, so that the pages of the last one are given back
                 tensor: Tensor = file.get_tensor(weight)
         except (OSError, SafetensorError) as error:
-            raise self._unreadable(path, error) from None
+            raise unreadable(self.name, path.name, error) from None
         return tensor if tensor.ndim == 2 and tensor.is_floating_point() and tensor.itemsize > 1 else None
 
     def sample(self, module: str, positions: Tensor) -> dict[str, Any] | None:
@@ -62,15 +60,9 @@ class WeightReader:
                 cells = [divmod(position, shape[1]) for position in positions.tolist()]
                 values: list[Tensor] = [part[row : row + 1, column : column + 1].flatten() for row, column in cells]
         except (OSError, SafetensorError) as error:
-            raise self._unreadable(path, error) from None
+            raise unreadable(self.name, path.name, error) from None
         dtype = str(values[0].dtype).removeprefix("torch.")
         return {"dtype": dtype, "values": [float(value.float()) for value in values]}
-
-    def _unreadable(self, path: Path, error: Exception) -> ModelError:
-        return ModelError(
-            f"the weights of {self.name!r} cannot be loaded: {quoted(path.name)}: {quoted(str(error))}; download the "
-            "checkpoint again"
-        )
 
 
 def open_local(name: str) -> WeightReader | None:

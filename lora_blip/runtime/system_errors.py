@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from lora_blip.errors import FileError
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.untrusted import PointerError, printable
 
 WINDOWS = os.name == "nt"
 OTHER_PATHS = {"read": "copy it to another disk", "written": "give another folder (--output-dir)"}  # what {other} becomes
@@ -101,8 +101,10 @@ def long_path_advice(path: str | Path) -> str:
 def reason_and_fix(error: Exception, path: str | Path) -> str:
     """Return "Input/output error; check …" if a system error, also one of safetensors, prevents that a file is read.
 
-    Return "" for another error.
+    Return the message of a PointerError, which contains its fix, and "" for another error.
     """
+    if isinstance(error, PointerError):
+        return str(error)
     if number := IN_TEXT.search(str(error)):  # the libraries that are written in Rust
         error = OSError(int(number[1]), os.strerror(int(number[1])))
     return f"{error.strerror}; {fix_of(error, path)}" if is_system_error(error) else ""
