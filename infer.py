@@ -2,7 +2,7 @@
 
 # Model and task
 MODEL = ""  # hub name or folder of the base; empty: the base that the adapter was trained on
-ADAPTER = "latest"  # an adapter file or a run folder; "latest": the newest run; "none": the base alone
+ADAPTER = "latest"  # an adapter file or run folder; "latest": the newest run of the task; "none": the base
 SCALE = 1.0  # factor of the change that the adapter makes; 1: as trained; 0: the base
 TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the adapter's task, or that of the checkpoint
 

@@ -173,7 +173,7 @@ class InferConfig:
         group="Model and task", path="if it exists",
     )  # fmt: skip
     adapter: str = setting(
-        "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone', path="if it exists"
+        "latest", 'an adapter file or run folder; "latest": the newest run of the task; "none": the base', path="if it exists"
     )
     scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")
     task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the adapter\'s task, or that of the checkpoint')
@@ -261,7 +261,7 @@ class EvaluateConfig:
     output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output", path="always")
 
     adapter: str = setting(
-        "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone',
+        "latest", 'an adapter file or run folder; "latest": the newest run of the task; "none": the base',
         group="Model and task", path="always",
     )  # fmt: skip
     scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")

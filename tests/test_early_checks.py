@@ -258,5 +258,5 @@ def test_strange_names_of_columns_end_in_one_error(tmp_path, monkeypatch, name, 
         else:
             (tmp_path / "b.jsonl").write_text(json.dumps({name: "a", "Bild": "0.png"}) + "\n")
         config = TrainConfig(annotations="a.jsonl", val_annotations=f"b.{kind}", image_root="photos", **keys)
-        with pytest.raises(DataError, match="prepared_val/train"), of_two_files(f"b.{kind}", config=config):
+        with pytest.raises(DataError, match="prepared_val/val"), of_two_files(f"b.{kind}", config=config):
             annotations.read(f"b.{kind}", "photos", keys=keys_of(config))

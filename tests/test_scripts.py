@@ -592,7 +592,7 @@ def test_a_missing_question_is_named(checkpoints, here, monkeypatch, capsys):
         (
             blip,
             ["--question", "what is it?"],
-            "the task caption uses no question; set QUESTION (or --question) to '', or TASK (or --task) to vqa",
+            "the task caption uses no question; set QUESTION (or --question) to '', or ADAPTER (or --adapter) to an adapter",
         ),
         (blip, ["--texts", "x" * 5000], "at least two texts are needed to rank"),
         (blip, ["--texts", "a cube|" + "cube " * 90], "texts: text 2: the text has 90 tokens"),

@@ -45,24 +45,24 @@ def _with_commands(message: str, source: str, config: Any) -> str:
     fix = FIX.search(message)
     # of the columns of the validation file
     names = {ours: value for ours, value in (given | _columns_of(fix)).items() if value}
-    files = []  # (setting, file, the names of its columns, the folder of the converted file)
+    files = []  # (setting, file, the names of its columns, the converted file, the fractions of train and val)
     if given and not _has_usual_keys(config.annotations):
-        files.append(("ANNOTATIONS", config.annotations, given, unused_path(Path("prepared"))))
+        files.append(("ANNOTATIONS", config.annotations, given, unused_path(Path("prepared")) / "train.jsonl", "1"))
     if not given or any(plain_name(value) not in COMMON[ours] for ours, value in names.items()):
-        files.append(("VAL_ANNOTATIONS", source, names, unused_path(Path("prepared_val"))))
+        files.append(("VAL_ANNOTATIONS", source, names, unused_path(Path("prepared_val")) / "val.jsonl", "0,1"))
     if given:  # the flags of the message would name the wrong columns of ANNOTATIONS
         message = message.replace(fix[0], "") if fix else message
         start = "the columns that you name are also those of ANNOTATIONS; if this file has other columns, name no columns"
     else:
         start = "such flags name the columns of ANNOTATIONS too; if its columns have other names, convert this file"
-    settings = " and ".join(f'{setting} = "{folder.as_posix()}/train.jsonl"' for setting, *_, folder in files)
+    settings = " and ".join(f'{setting} = "{converted.as_posix()}"' for setting, _, _, converted, _ in files)
     start += f", {'convert the files below, and ' * bool(given)}set {settings}" * bool(files)
     root = getattr(config, "image_root", "")
-    more = (f" --images {quoted_for_shell(root)}" * bool(root)) + " --splits 1 --output-dir"
+    images = f" --images {quoted_for_shell(root)}" * bool(root)
     commands = [
-        f"lora-blip prepare --source {quoted_for_shell(path)}{more} {quoted_for_shell(str(folder))}"
-        + "".join(f" {flag_of(ours, value)}" for ours, value in columns.items())
-        for _, path, columns, folder in files
+        f"lora-blip prepare --source {quoted_for_shell(path)}{images} --splits {splits} --output-dir "
+        + " ".join([quoted_for_shell(str(converted.parent)), *(flag_of(ours, value) for ours, value in columns.items())])
+        for _, path, columns, converted, splits in files
     ]
     return "\n".join([message, f"{start}:" if commands else start, *commands])
 

@@ -17,10 +17,11 @@ from lora_blip.evaluation import outputs
 from lora_blip.evaluation.leak_search import LeakSearch, search_leaks
 from lora_blip.evaluation.measures import Progress, measure
 from lora_blip.evaluation.outputs import Comparison
+from lora_blip.inference.adapter_choice import chosen_adapter
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.other_runs import advice
 from lora_blip.inference.prediction import line_of, prediction_of
-from lora_blip.inference.setup import apply_adapter, describe, open_task, read_optional_adapter
+from lora_blip.inference.setup import apply_adapter, describe, open_task
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import distributed
 from lora_blip.runtime.counts import counted
@@ -55,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     require_settings(config, EvaluateConfig, "evaluate")
     distributed.refuse_several("evaluate")
     seed_everything(config.seed)
-    adapter = read_optional_adapter(config.adapter, config.scale)
+    adapter = chosen_adapter(config.adapter, config.scale, config.task)
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, adapter)
     examples = read_references(config, task, adapter)
@@ -105,7 +106,7 @@ def other_task_named(config: EvaluateConfig, adapter: Adapter | None) -> Iterato
         problem = next((problem for problem in kinds if problem in text), "")
         if not problem:
             raise
-        if adapter:  # the end of the message is about training
+        if adapter and adapter.task.get("name") != kinds[problem]:  # the end of the message is about training
             start = text.partition(problem)
             own = f"the adapter {adapter.path} is for the task {adapter.task.get('name')}; give references of this task"
             text = printable(f"{start[0]}{start[1]}{own}, or another adapter")

@@ -8,6 +8,7 @@ import torch
 
 from lora_blip.config import InferConfig
 from lora_blip.errors import InputError, LoRAError
+from lora_blip.inference.adapter_choice import given_adapter
 from lora_blip.inference.arguments import (
     CALLS,
     OTHERS,
@@ -26,7 +27,7 @@ from lora_blip.inference.image_requests import predict_requests
 from lora_blip.inference.other_runs import newest_of_task
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
-from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, task_of
+from lora_blip.inference.setup import apply_adapter, open_task, task_of
 from lora_blip.inference.shared_base import MERGED, SharedAdapter, check_settings, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter

@@ -230,8 +230,8 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
 
     task: that of the command; raise ConfigError if the model has another one. Empty: any task.
     """
+    from lora_blip.inference.adapter_choice import read_adapter
     from lora_blip.inference.captioner import Captioner
-    from lora_blip.inference.setup import read_adapter
 
     adapter = None if config.given_adapter is None else read_adapter(config.given_adapter, task or "auto")
     setting = task_setting(adapter, task)

@@ -2,18 +2,20 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import plain
 from lora_blip.data.example import Example
 from lora_blip.data.image_folders import example_of
+from lora_blip.inference.adapter_choice import read_adapter
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.commands import ModelConfig, announce, require_task, task_setting
 from lora_blip.inference.explanation import explained, require_few, write_explanation
 from lora_blip.inference.finished import key_of
 from lora_blip.inference.prediction import Prediction
-from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, work_of
+from lora_blip.inference.setup import apply_adapter, open_task, work_of
 from lora_blip.reports.explanation import TextView
 from lora_blip.runtime import runs
 from lora_blip.runtime.extras import attempt
@@ -28,7 +30,8 @@ def predict_and_explain(config: ModelConfig, images: list[str], question: str = 
     """
     examples = [example_of(image, plain(question)) for image in images]
     require_few(examples)
-    adapter = given_adapter(config.given_adapter, config.scale, config.task)
+    name = config.given_adapter
+    adapter = None if name is None else replace(read_adapter(name, config.task), scale=config.scale)
     setting = task_setting(adapter, config.task)
     settings = InferConfig(
         adapter=config.adapter if adapter else "none", model=config.model, device=config.device, task=setting

@@ -1,4 +1,4 @@
-"""Messages that name another run or base: the newest run of a task, and the base of an adapter that was moved."""
+"""Messages about an adapter of another task, with the newest run of the right task, and about a base that was moved."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from lora_blip.errors import LoraBlipError, MissingBaseError
 from lora_blip.inference.arguments import VERBS
 from lora_blip.lora import adapter_file
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.runtime import runs
 from lora_blip.runtime.system_errors import quoted_for_shell
 
@@ -31,15 +32,36 @@ def newest_of_task(task: str, folder: str | Path = runs.RUNS, skip_unreadable: b
 
 
 def advice(task: str, given: str, adapter: Adapter | None, folder: str | Path = runs.RUNS) -> str:
-    """Return what to append to a message if the adapter that was `given` does not have this task; "" if nothing helps.
+    """Return what to append to a message if the inputs are those of this task, and the settings are not; "" if nothing helps.
 
-    It names the adapter if `given` is "latest", and the newest run of the task.
+    If the adapter that was `given` has this task, the setting TASK is at fault. Otherwise, name the adapter if `given` is
+    "latest", and the newest run of the task.
     """
     own = adapter.task.get("name") if adapter else None
+    if adapter and own == task:
+        return f'. The adapter {adapter.path} {VERBS[task]}: set TASK = "auto" (--task auto)'
     named = f'"latest" is {adapter.path.parent}, which {VERBS[own]}' if adapter and own in VERBS and given == "latest" else ""
     run = newest_of_task(task, folder)
     other = f"the newest run that {VERBS[task]}: --adapter {quoted_for_shell(run)}" if run else ""
     return "".join(f". {part[0].upper()}{part[1:]}" for part in (named, other) if part)
+
+
+def other_task_warning(task: str, architecture: str, adapter: Adapter | None) -> str:
+    """Return a warning if the adapter was not trained for the task, or if there is none and the base was not; otherwise "".
+
+    A BLIP-2 captions and answers questions, so its base was trained for both. An adapter of peft may name no task.
+    """
+    own = adapter.task.get("name") if adapter else None
+    if own == task:
+        return ""
+    base_task = TASK_OF.get(architecture, task)
+    trained = [f"the adapter {adapter.path} was trained for the task {own}"] if adapter and own else []
+    trained += [f"the base, a {architecture}, for the task {base_task}"] * (base_task != task)
+    if not trained:
+        return ""
+    result = "may mean nothing" if base_task != task else "may be worse than those of the base alone"
+    fix = f"give an adapter of the task {task} (--adapter), or train one (--task {task})"
+    return f"warning: the task is {task}, but {', and '.join(trained)}: the predictions {result}; {fix}"
 
 
 @contextmanager

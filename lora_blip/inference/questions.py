@@ -12,6 +12,7 @@ from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.image_sources import ImageSource
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.system_errors import quoted_for_shell
@@ -98,9 +99,10 @@ def examples_to_predict(
         fix = "set TEXTS (or --texts) to 'a red cube|a blue cube' or to a file"
         raise OtherTaskError(f"the task retrieval ranks texts; {fix}", wanted="vqa" if question else "caption")
     if not task.takes_question and question:
+        learned = TASK_OF.get(task.backbone.architecture, "vqa") == "vqa"  # the base answers questions too
+        other = "TASK (or --task) to vqa" if learned else "ADAPTER (or --adapter) to an adapter that answers questions"
         raise OtherTaskError(
-            f"question = {question!r}: the task {task.name} uses no question; set QUESTION (or --question) to '', or TASK "
-            "(or --task) to vqa",
+            f"question = {question!r}: the task {task.name} uses no question; set QUESTION (or --question) to '', or {other}",
             wanted="vqa",
         )
     if task.writes_text and not task.takes_question:

@@ -1,7 +1,7 @@
 """Prepare an inference run: read the input files, load the model and its adapter, and create the task."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.inference import output
-from lora_blip.inference.other_runs import advice, base_named_by, newest_of_task
+from lora_blip.inference.adapter_choice import chosen_adapter
+from lora_blip.inference.other_runs import advice, base_named_by, other_task_warning
 from lora_blip.inference.questions import (
     OtherTaskError,
     WithPrompts,
@@ -32,14 +33,12 @@ from lora_blip.models.generation import OPTIONS, check_generation, generation_fa
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.runtime import runs
-from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.counts import counted, lr_ratio_of, steps_of
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
-from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.system_errors import quoted_for_shell
-from lora_blip.runtime.untrusted import is_too_long, printable
+from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Generation, PredictionTask
 from lora_blip.tasks.registry import TASKS, default_task
 
@@ -61,7 +60,10 @@ def read_inputs(config: InferConfig) -> Inputs:
     images = ImageSource(config.images, config.image_root)
     references = read_references(config.references, config.image_root, images, keys_of(config))
     return Inputs(
-        images, references, read_texts(config.texts), read_optional_adapter(config.adapter, config.scale, config.runs)
+        images,
+        references,
+        read_texts(config.texts),
+        chosen_adapter(config.adapter, config.scale, config.task, config.runs),
     )
 
 
@@ -108,41 +110,6 @@ def image_digest(example: Example) -> str:
     except ImageError as error:
         return type(error).__name__
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
-
-
-def read_optional_adapter(name: str, scale: float = 1.0, folder: str | Path = runs.RUNS) -> Adapter | None:
-    """Return the adapter that a setting names, or None if it is "none" or empty. `folder` is searched for "latest"."""
-    return None if name in ("", "none") else replace(adapter_file.read(runs.locate(name, folder)), scale=scale)
-
-
-def given_adapter(adapter: str | Path | Adapter | None, scale: float, task: str) -> Adapter | None:
-    """Return the adapter that a caller of the API gives, with its scale.
-
-    Raise AdapterError if there is none at a path, or if "latest" is of another task than `task`.
-    """
-    content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter, task)
-    own = str(content.task.get("name", task)) if content else task
-    if content and adapter == "latest" and task in TASKS and own != task:
-        newest = f"the newest one is of the task {own}: lora_blip.Captioner.from_adapter({str(content.path.parent)!r})"
-        raise AdapterError(f"no run in {str(runs.RUNS)!r} is of the task {task}; {newest}")
-    return content and replace(content, scale=content.scale * check_scale(scale))
-
-
-def read_adapter(adapter: str | Path, task: str = "auto") -> Adapter:
-    """Return the adapter at a path. "latest" is the newest run of the task, or without such a run the newest of all.
-
-    Raise AdapterError if there is none. If the path looks like a base, the message gives the call that loads a base.
-    """
-    try:
-        of_task = newest_of_task(task, skip_unreadable=False) if adapter == "latest" and task != "auto" else ""
-        return adapter_file.read(runs.locate(of_task or adapter))
-    except AdapterError as error:
-        if not isinstance(adapter, str | Path) or is_too_long(str(adapter)):
-            raise
-        looks_like_base = (Path(adapter) / "config.json").is_file() or HUB_NAME.fullmatch(str(adapter))
-        if not looks_like_base or Path(adapter).is_file() or Path(adapter).parent == runs.RUNS or runs.is_run(Path(adapter)):
-            raise
-        raise AdapterError(f"{error}. If it is a base: lora_blip.Captioner.from_adapter(None, base={str(adapter)!r})") from None
 
 
 def open_task(
@@ -230,6 +197,8 @@ def task_of(
             f"MODEL = {config.model!r} is a {backbone.architecture}, but the adapter {adapter.path} is for the task {name}; "
             'to use the base of the adapter, set MODEL = "" (--model ""; in Python: base=None)'
         )
+    if warning := other_task_warning(name, backbone.architecture, adapter):
+        print(printable(warning))
     task = TASKS[name](backbone, "" if prompt == "none" else prompt, generation)
     if adapter and attached.names(backbone.model):
         task.load_metadata(own)

@@ -342,6 +342,23 @@ def test_lines_of_an_unknown_split_are_counted_apart(tmp_path, capsys, make):
     assert "these keys are ignored: 'split = Validierung' (2 lines, first line 7)\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("splits", "file", "expected"),
+    [
+        ("0,1", "val.jsonl", 'next: train with VAL_ANNOTATIONS = "out/val.jsonl" (--val-annotations out/val.jsonl)'),
+        ("0,0,1", "test.jsonl", "next: lora-blip evaluate --references out/test.jsonl"),
+    ],
+)
+def test_validation_and_test_images_are_not_trained_on(tmp_path, capsys, monkeypatch, splits, file, expected):
+    """Before, an error advised `--splits 1` for a validation file, and the next line trained on its images."""
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path, *(f"{n}.png" for n in range(4)))
+    (tmp_path / "a.csv").write_text("image,text\n" + "".join(f"{n}.png,a {n}\n" for n in range(4)))
+    prepare(PrepareConfig(source="a.csv", output_dir="out", splits=splits))
+    assert [path.name for path in Path("out").iterdir()] == [file] and len(Path("out", file).read_text().splitlines()) == 4
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
 def test_the_next_command_of_prepare_trains_on_questions(tmp_path, capsys, monkeypatch):
     """Before, it had no task, and the training asked for one."""
     monkeypatch.setattr("sys.argv", ["lora-blip"])

@@ -386,7 +386,7 @@ def test_other_columns_of_the_validation_file_are_converted(folder, monkeypatch,
     words = shlex.split(str(error.value).splitlines()[-1])
     assert words[:2] == ["lora-blip", "prepare"]
     prepare(parse(PrepareConfig, {}, words[2:]))
-    assert [(e.image.name, e.text) for e in annotations.read("prepared_val/train.jsonl")[0]] == [("2.png", "a dog")]
+    assert [(e.image.name, e.text) for e in annotations.read("prepared_val/val.jsonl")[0]] == [("2.png", "a dog")]
 
 
 def test_swapped_columns_are_named(folder):

@@ -19,9 +19,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from lora_blip.evaluation.comparison import evaluate
+from lora_blip.inference.adapter_choice import chosen_adapter
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.pipeline import infer
-from lora_blip.inference.setup import open_task, read_optional_adapter
+from lora_blip.inference.setup import open_task
 from lora_blip.lora import adapter_file, merging
 from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.caption import CaptionTask
@@ -193,7 +194,7 @@ def test_an_adapter_keeps_the_size_it_was_trained_at_and_inference_takes_it(trai
     """The metadata contain the image size of the training. Inference uses it if image_size is 0, else the setting."""
     with safe_open(trained, "pt") as file:
         assert json.loads(file.metadata()["lora_blip"])["base"]["image_size"] == 16
-    adapter = read_optional_adapter(str(trained))
+    adapter = chosen_adapter(str(trained))
     sizes = {size: open_task(InferConfig(image_size=size, device="cpu"), adapter)[0].backbone.image_size for size in (0, 48)}
     assert sizes == {0: 16, 48: 48}
 
@@ -240,7 +241,7 @@ def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, 
         metadata = json.loads(file.metadata()["lora_blip"])
     del metadata["base"]["image_size"], metadata["header_sha256"]
     save_file(load_file(trained), tmp_path / "old.safetensors", {"lora_blip": json.dumps(metadata)})
-    adapter = read_optional_adapter(str(tmp_path / "old.safetensors"))
+    adapter = chosen_adapter(str(tmp_path / "old.safetensors"))
     assert open_task(InferConfig(device="cpu"), adapter, adapted=True)[0].backbone.image_size == tiny.SIDE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_blip.errors import AdapterError
-from lora_blip.inference.setup import read_adapter
+from lora_blip.inference.adapter_choice import read_adapter
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, CHECKPOINTS_NAME, LARGEST_CONFIG, is_adapter, locate, locate_initial
 
 

@@ -15,18 +15,18 @@ from lora_blip.data.formats import keys_of
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.prepare.dropped import Dropped, dropped_lines, first_lines
 from lora_blip.data.prepare.folders import Folder, ImageFile
+from lora_blip.data.prepare.next_step import next_step
 from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_sizes, split_fractions
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.prepare.split_names import with_splits_of_folders
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.runtime.command_line import training_command
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.settings import check, require, setting
-from lora_blip.runtime.system_errors import command_line, long_path_advice
+from lora_blip.runtime.system_errors import long_path_advice
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import require_folder
@@ -60,7 +60,7 @@ class PrepareConfig:
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
     question_key: str = setting("", "column or key of the question; empty: question")
     answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
-    splits: str = setting(DEFAULT_SPLITS, "fractions of the images for train, val and test; 1: only train")
+    splits: str = setting(DEFAULT_SPLITS, "fractions of the images for train, val and test; 1: only train; 0,1: only val")
     group_by: str = setting(
         "", 'keep the images of a group together: "folder", a column such as "video", or a regex such as "(video[0-9]+)"'
     )
@@ -276,7 +276,7 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
 
 
 def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedData) -> None:
-    """Print a table of what was read and dropped, and the numbers of lines and images of each split, and the next command."""
+    """Print a table of what was read and dropped, and the numbers of lines and images of each split, and what to do next."""
     lines = (json.loads(data.rows[index].line) for index in spread(len(data.rows)))
     samples = [Sample(one["image"], one.get("text", ""), one.get("question", ""), one.get("answers", ())) for one in lines]
     images = len({row.image.identity for row in data.rows})
@@ -287,12 +287,8 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
         images = len({row.image.identity for row in rows[split]})
         texts_of_split = counted(len(rows[split]), data.kind.removesuffix("s"))
         print(printable(f"{split:7} {texts_of_split:>18} of {counted(images, 'image')} → {files[split]}"))
-    flags = {"train": "--annotations", "val": "--val-annotations"}
-    words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
-    words += ["--task", "vqa"] * (data.kind == "questions")
-    if rows["train"]:
-        print("the images were found, but not decoded; training decodes all of them before its first step")
-        print(printable(f"next: {command_line(training_command(words))}"))
+    print("the images were found, but not decoded; training and evaluation decode them")
+    print(printable(f"next: {next_step(files, data.kind)}"))
 
 
 def _split_of(row: Row) -> str | None:
