@@ -17,7 +17,9 @@ from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import open_regular
 
 FLAGS = r"""(?P<flags>(?: --\w+-key (?:"[^"]*"|'[^']*'|\S+?))+)"""
-FIX = re.compile(rf"(?:\n|; )(?:did you mean|name the (?:columns|right one):|if the file has no such \w+:){FLAGS}\??(?=\s|$)")
+FIX = re.compile(
+    rf"(?:\n|; )(?:did you mean|(?:otherwise )?name the (?:columns|right one):|if the file has no such \w+:){FLAGS}\??(?=\s|$)"
+)
 UNKNOWN = re.compile(r"""name the (?:columns|right one):|no column has the name|it has no ['"]""")
 OURS = {key_flag(ours): ours for ours in COMMON}
 LONGEST_LINE = 2**16  # bytes of the first line of ANNOTATIONS that are read
@@ -50,13 +52,14 @@ def _with_commands(message: str, source: str, config: Any) -> str:
         files.append(("ANNOTATIONS", config.annotations, given, unused_path(Path("prepared")) / "train.jsonl", "1"))
     if not given or any(plain_name(value) not in COMMON[ours] for ours, value in names.items()):
         files.append(("VAL_ANNOTATIONS", source, names, unused_path(Path("prepared_val")) / "val.jsonl", "0,1"))
-    if given:  # the flags of the message would name the wrong columns of ANNOTATIONS
-        message = message.replace(fix[0], "") if fix else message
-        start = "the columns that you name are also those of ANNOTATIONS; if this file has other columns, name no columns"
+    message = message.replace(fix[0], "") if fix else message  # its flags would name the wrong columns of ANNOTATIONS
+    if given:
+        none = " and ".join(f'{key_flag(ours)[2:].replace("-", "_").upper()} = ""' for ours in given)
+        start = f"the columns that you name are also those of ANNOTATIONS; if this file has other columns, name none ({none})"
     else:
-        start = "such flags name the columns of ANNOTATIONS too; if its columns have other names, convert this file"
+        start = "do not name these columns with a flag: it would name those of ANNOTATIONS too; convert this file"
     settings = " and ".join(f'{setting} = "{converted.as_posix()}"' for setting, _, _, converted, _ in files)
-    start += f", {'convert the files below, and ' * bool(given)}set {settings}" * bool(files)
+    start += f", {'convert the files below, ' * bool(given)}and set {settings}" * bool(files)
     root = getattr(config, "image_root", "")
     images = f" --images {quoted_for_shell(root)}" * bool(root)
     commands = [

@@ -198,10 +198,10 @@ def _conversion(image: Any) -> str:
     """Return the end of a message about a dtype: the expression that converts whole numbers or booleans, or ""."""
     array = image.cpu().numpy() if isinstance(image, Tensor) else image
     to_bytes = "image.byte()" if isinstance(image, Tensor) else "image.astype(numpy.uint8)"
-    if array.dtype.kind == "b":
-        return f"; give {to_bytes} * 255"
-    if array.dtype.kind not in "iu" or array.min() < 0:
+    if array.dtype.kind not in "biu" or array.min() < 0:
         return ""
+    if array.max() <= 1:  # a mask
+        return f"; give {to_bytes} * 255"
     return f"; {BY_LARGEST}" if array.max() > 255 else f"; give {to_bytes}"
 
 
@@ -276,7 +276,8 @@ def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(printable(f"{name} is not a usable image: {error}")) from None
     except Exception as error:  # decoders raise any error on damaged files
         reason = ": ".join(filter(None, (type(error).__name__, shorten(str(error)))))
-        raise ImageError(printable(f"{name} cannot be decoded ({reason})")) from None
+        fix = "; it is closed: open it again" * ("closed image" in reason)
+        raise ImageError(printable(f"{name} cannot be decoded ({reason}){fix}")) from None
 
 
 def _uint8_array(image: Any, name: str) -> Any:

@@ -379,7 +379,7 @@ def test_other_columns_of_the_validation_file_are_converted(folder, monkeypatch,
     _written(folder / "a.csv", "image,text\n1.png,a cat\n")
     _written(folder / name, "Bild;Satz\n2.png;a dog\n" if name == "v.csv" else '{"Bild": "2.png", "Satz": "a dog"}\n')
     config = TrainConfig(annotations="a.csv", val_annotations=name)
-    with pytest.raises(DataError, match="such flags name the columns of ANNOTATIONS too") as error:
+    with pytest.raises(DataError, match="it would name those of ANNOTATIONS too") as error:
         annotations.check_columns(config, "annotations", "val_annotations")
         task: Any = types.SimpleNamespace(check=lambda _: "", pretokenize=None, trim=None)
         read_file(config, task, name, None)

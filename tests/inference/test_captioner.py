@@ -229,13 +229,14 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "channels first": (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\); .*; give image\.transpose\(1, 2, 0\)"),
     "channels last": (torch.zeros(8, 8, 3), r"a tensor of shape \(8, 8, 3\); .*; give image\.permute\(2, 0, 1\)"),
     "no pixel": (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\); expected .*; it has no pixels$"),
-    "integers": (np.zeros((8, 8, 3), np.int64), r"has the dtype int64; .*; give image\.astype\(numpy\.uint8\)$"),
+    "integers": (np.full((8, 8, 3), 7, np.int64), r"has the dtype int64; .*; give image\.astype\(numpy\.uint8\)$"),
     "an integer tensor": (torch.full((3, 8, 8), 255), r"has the dtype int64; .*; give image\.byte\(\)$"),
     "16 bits": (np.full((8, 8), 3000, np.uint16), "dtype uint16; .*; divide it by its largest possible value: image / 4095"),
     "8 of 16 bits": (np.full((8, 8), 200, np.int16), r"has the dtype int16; .*; give image\.astype\(numpy\.uint8\)$"),
     "resized levels": (torch.full((3, 8, 8), 274.4), r"from 274.4 to 274.4; .*: clip it and .*, image\.clamp\(0, 255\) / 255$"),
     "16 bits as floats": (np.full((8, 8), 60000.0), "from 60000 to 60000; .*: divide it by its largest possible value"),
     "a mask": (np.ones((8, 8), bool), r"has the dtype bool; .*; give image\.astype\(numpy\.uint8\) \* 255$"),
+    "a mask of integers": (np.eye(8, dtype=np.int64), r"dtype int64; .*; give image\.astype\(numpy\.uint8\) \* 255$"),
     "negative integers": (np.full((8, 8), -1), r"has the dtype int64; expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
     "complex numbers": (np.ones((8, 8), complex), r"expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
     "levels as floats": (np.full((8, 8, 3), 200.0), "values from 200 to 200; .*: divide it by 255"),
@@ -277,8 +278,11 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
     truncated = Image.open(io.BytesIO(photos[1].read_bytes()[:60]))
     alone = {photo: captioner(photo).text for photo in photos}
     torn = tmp_path / "torn.png"
+    closed = Image.new("RGB", (8, 8))
+    closed.close()
     broken = [
         ("nowhere.jpg", "does not exist"), (b"no image", "supported format"), (truncated, "cannot be decoded"),
+        (closed, "; it is closed: open it again"),
         (torn, "cannot be decoded"), ("https://x.org/a.png", "download it first: curl -O"),
         ("", "path of the image is empty"), ("data:image/png;base64,AA", "give its bytes: base64.b64decode"),
         ("data:image/png;base64," + "A" * 9999, "is a data URL; give its bytes: base64.b64decode"),
