@@ -56,12 +56,12 @@ def other_task_warning(task: str, architecture: str, adapter: Adapter | None) ->
         return ""
     base_task = TASK_OF.get(architecture, task)
     trained = [f"the adapter {adapter.path} was trained for the task {own}"] if adapter and own else []
-    trained += [f"the base, a {architecture}, for the task {base_task}"] * (base_task != task)
+    trained += [f"the base is a {architecture}, which is trained for the task {base_task}"] * (base_task != task)
     if not trained:
         return ""
     result = "may mean nothing" if base_task != task else "may be worse than those of the base alone"
     fix = f"give an adapter of the task {task} (--adapter), or train one (--task {task})"
-    return f"warning: the task is {task}, but {', and '.join(trained)}: the predictions {result}; {fix}"
+    return f"warning: the task is {task}, but {' and '.join(trained)}: the predictions {result}; {fix}"
 
 
 @contextmanager
