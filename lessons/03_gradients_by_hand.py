@@ -86,9 +86,9 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
-# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. With `fused_hook`, a pre-hook (a hook that runs before the linear) gives the
-# linear a detached x, so autograd does not record the linear. Then the hook adds the update by one autograd function. Its backward pass computes the gradients above, for the linear and
-# the update together. `inject` adds the pre-hook and `fused_hook`. (For small linears on most CPUs, `fused_hook`
+# lora_blip has two hooks with the same result. `lora_hook` is that of lesson 1. `fused_hook` works with a pre-hook, which runs before the linear.
+# The pre-hook gives the linear a detached x, so autograd does not record the linear. The hook then adds the update with one autograd function.
+# The backward pass of this function computes all gradients above: those of the linear and those of the update. `inject` adds the pre-hook and `fused_hook`. (For small linears on most CPUs, `fused_hook`
 # computes the update with operations of PyTorch, which is faster there.)
 #
 # $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So it is enough to keep $X$ in the forward pass:

@@ -235,9 +235,9 @@ for one, other in ((sgd, same_sgd), (adam, same_adam)):
     assert torch.equal(one[1], other[1])  # every element of ΔW
 
 # %% [markdown]
-# In practice the size of A₀ is fixed: no setting of this library scales it. Then α and η are two settings. If α is multiplied by
-# c and A₀ remains, the run is the same if A and B have different options: for Adam, η and ε for A, and η/c and c·ε for B.
-# With one learning rate η/c, A learns c times more slowly. We measure how different this run is after five steps.
+# In practice the size of A₀ is fixed: no setting of this library scales it. Then α and η are two settings. Multiply α by c and keep A₀.
+# The run is still the same if A and B have different options of Adam: A has η and ε, and B has η/c and c·ε.
+# If both have the learning rate η/c, A learns c times more slowly. We measure how different this run is after five steps.
 
 # %%
 OF_B = {"lr": 2e-3 / 4, "eps": 4 * EPS}

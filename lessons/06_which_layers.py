@@ -68,7 +68,7 @@ def rank_for_budget(model, targets):
 # Each run trains for two epochs. As in lesson 5, s falls like 1/√r, because the ranks differ. BLIP-2 needs other settings:
 # here s = 57/√r and the learning rate 1e-3 (`docs/tiny_bases.md` has those of its demo). Compare only runs of the same base.
 #
-# The validation set of these runs is the test set. It chooses no adapter: each run is validated only before the first
+# The validation set of these runs is the test set. It is not used to choose weights: each run is validated only before the first
 # step and after the last one. But the factors 32 and 57, the learning rates and the number of epochs were chosen in short trials on it, with
 # seed 0. So the scores are a little too high.
 

@@ -110,7 +110,7 @@ show(figure, "words")
 # Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image (see the picture). So does "a": for another image, "an" may
 # be right, or at the start "no" ("no cube is present in the image"). "orange" depends on the image less than the other colours:
 # usually the word "an" announces it. After "single" (two captions), "orange" depends on the image about as much as other colours. With the
-# adapter, "of", "the" and "left" follow almost completely from the words before, and "cube" mostly.
+# adapter, the words before determine "of", "the" and "left" almost completely, and "cube" mostly.
 #
 # ## Cross-attention
 #

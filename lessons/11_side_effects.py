@@ -139,8 +139,8 @@ for run in RUNS:
 # - The other words remain right. Given the correct nouns, more than 90 % of the captions of flat shapes have all other words right.
 #   So the model still sees the colours and the positions.
 # - Full fine-tuning forgets too. In each run, we look only at the measured steps with at least 85 % of the cubes right. The best
-#   step of the run is the one among them with the most flat shapes right. We leave out a run without such a step. At their best
-#   steps, every run of full fine-tuning keeps more flat shapes than every run of LoRA. (The test
+#   step of the run is the one among them with the most flat shapes right. A run without such a step is left out. At its best
+#   step, every run of full fine-tuning keeps more flat shapes than every run of LoRA at its own. (The test
 #   images choose this step, for both methods in the same way.) But these steps are not equally good on the cubes: with only five measured steps, their
 #   scores can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
 #   This result is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Shuttleworth
@@ -223,8 +223,8 @@ assert sizes["LoRA", 1e-3] > sizes["full", 3e-4]
 #
 # We try c = 0.5 and 0.75 for LoRA with η = 0.001. With c = 0.5, fewer flat shapes are forgotten, and fewer captions of cubes are right. How good the
 # trade is depends on the seed. Compare it with full fine-tuning at its best step with at least 85 % of the cubes (see above). Consider
-# only the values of c with at least 85 % of the cubes right. In two of the three seeds, one of these values keeps more flat shapes than
-# full fine-tuning with η = 0.0003. In all three seeds, each of these values keeps fewer than full fine-tuning with η = 0.0001.
+# only the values of c with at least 85 % of the cubes right. In two of the three seeds, one of them keeps more flat shapes than full
+# fine-tuning with η = 0.0003. In no seed does one of them keep as many as full fine-tuning with η = 0.0001.
 
 # %%
 mixed, parts = load(), {}

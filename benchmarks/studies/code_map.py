@@ -104,7 +104,8 @@ def page() -> str:
 
 ## Which package imports which
 
-An arrow means "imports". Arrows that follow from others are left out. Training and inference never import each other.
+An arrow means "imports". No arrow is drawn from A to C if A imports B, and B imports C.
+Training and inference never import each other.
 
 ```mermaid
 {picture(arrows)}

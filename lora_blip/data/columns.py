@@ -41,7 +41,12 @@ def meant(
 
     wrong: a part of `named`, which is {our key: name that the user gives}. below: the values of the first rows.
     """
-    return by_content(by_name(wrong, named, names), named, names, below)
+    near = by_name(wrong, named, names)
+    images = [name for column, name in enumerate(names) if any(IMAGE_NAME.fullmatch(row[column].strip()) for row in below)]
+    for ours, name in near.items():  # Bildtext is similar to Bilddatei, but its cells are texts
+        if name in names and images and (name in images) != (ours == "image"):
+            near[ours] = ""
+    return by_content(near, named, names, below)
 
 
 def by_name(wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
@@ -72,6 +77,8 @@ def by_content(
     ]
     plain = list(map(plain_name, names))
     found = likely(names, keys, below) if below else {}
+    if "question" in near and "question" not in found and plain_name(found.get("text", "")) not in TEXT_KEYS:
+        found["question"] = found.pop("text", "")  # questions without a question mark
     if "question" in (*keys, *plain) or numbered_names(plain, False):
         found.pop("text", None)
     free = [each for each, key in zip(names, keys, strict=True) if not key]

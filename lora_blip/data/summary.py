@@ -51,7 +51,7 @@ class Sample(NamedTuple):
             question, answers = printable(self.question), printable(" | ".join(dict.fromkeys(self.answers)))
             room = max(width // 4, width // 2 - len(answers))  # a long question is cut, so that the answers are shown
             question = question if len(question) <= room else f"{question[: room - 1]}…"
-            text = f"{question} → {answers}"
+            text = f"{question} → {answers}" if answers else question
         longest = max(width // 2, width - len(text) - 3)
         image = image if len(image) <= longest else f"…{image[1 - longest :]}"
         line = f"{image} → {text}"

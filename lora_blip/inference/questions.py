@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_blip.data import annotations
+from lora_blip.data import annotations, inference_files
 from lora_blip.data.example import Example
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import example_of
@@ -113,7 +113,7 @@ def examples_to_predict(
         question = annotations.plain(question)
         check_questions(task, [example_of("", question)])
         return WithQuestion(images, question)
-    lines = read_references(question, image_root, images, keys, "question") if question else references
+    lines = read_references(question, image_root, images, keys, "question", bool(references)) if question else references
     unique = list({task.subject(example): example for group in lines.values() for example in group}.values())
     if not unique:
         raise OtherTaskError(
@@ -171,17 +171,22 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
 
 
 def read_references(
-    source: str, root: str, images: Iterable[Example], keys: Keys = NO_KEYS, setting: str = "references"
-) -> dict[Path, list[Example]]:
+    source: str, root: str, images: Iterable[Example], keys: Keys = NO_KEYS, setting: str = "references",
+    has_references: bool = False,
+) -> dict[Path, list[Example]]:  # fmt: skip
     """Return {image: its lines in an annotations file}, without images that have no line. Raise DataError if none has a line.
 
-    setting: the setting that gives the file, for messages. The memory grows with the file, not with the number of images.
+    setting: the setting that gives the file, "references" or "question". has_references: whether `keys` names the columns of
+    another file too. The memory grows with the file, not with the number of images.
     """
     if not source:
         return {}
     require_folder("image_root", root)
     with phase(f"reading {source}"):
-        examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
+        if setting == "question":
+            examples = inference_files.read_questions(source, root, keys, has_references)
+        else:
+            examples = inference_files.read_references(source, root, keys)
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
     with phase(lambda: f"comparing the paths in {source} with the images: {counted(compared, 'image')}"):

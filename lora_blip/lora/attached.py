@@ -65,7 +65,10 @@ def model_of(model: nn.Module | Loaded, second: object = None, call: str = "") -
         raise LoRAError(f"the arguments are swapped; call {call}")
     hint = ""
     if hasattr(model, "backbone"):
-        hint = "; give captioner.backbone"
+        hint = (
+            "; captioner.backbone is one, and it can be changed if the captioner was opened with merge=False: otherwise its "
+            "adapter is merged permanently"
+        )
     elif isinstance(model, str | Path):
         hint = _hint_of_path(str(model))
     raise LoRAError(f"the first argument is of type {type(model).__name__}; give a backbone, or a model of transformers{hint}")

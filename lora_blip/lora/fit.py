@@ -62,8 +62,8 @@ def check_image_size(backbone: Loaded | nn.Module, adapter: "Adapter") -> None:
         if not backbone.chose_image_size:
             raise AdapterError(
                 f"{adapter.path}: it was trained on images of {adapter.image_size}×{adapter.image_size}, and this backbone "
-                f"has {size}×{size}; load the base with lora_blip.load_backbone(…, image_size={adapter.image_size}), or with "
-                f"lora_blip.load_backbone(…, image_size={size}) to use the adapter at that size"
+                f"has {size}×{size}; load the base with lora_blip.load_backbone(…, image_size={adapter.image_size}). To use "
+                f"the adapter at {size}×{size} all the same, name this size: lora_blip.load_backbone(…, image_size={size})"
             )
     else:
         warnings.warn(

@@ -7,8 +7,8 @@ Here s = alpha / r, and dy is the gradient of y.
 
 Without this function, autograd keeps a 16-bit copy of W for each linear under autocast, and it adds the two terms of dx in an
 extra pass over memory. Here, a pre-hook gives the linear x without its graph, so that autograd does not record the frozen
-product. Only x (or the input of a large GELU that computes x), h (r columns) and, under autocast, 16-bit copies of A and B are
-kept.
+product. These tensors are kept: x (or the input of a large GELU that computes x), h = A x (r columns) and, under autocast,
+16-bit copies of A and B.
 
 Tests compare the results with those of `lora_hook`. This function is not used for a small linear on a CPU, because it is slower
 there. It is also not used if gradients are off, or if its result could differ:

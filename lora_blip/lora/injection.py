@@ -62,7 +62,7 @@ def inject(
 ) -> dict[str, LoRA]:
     """Put a new adapter called `name` on the targets, freeze all parameters of the base, and return {address: LoRA}.
 
-    model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r, alpha and the variant.
+    model: a backbone, or any model. targets: what `find_targets` accepts, or its result, which has r, alpha and the variant.
     variant: "lora", "rslora" or "dora"; see docs/variants.md. Each LoRA has the parameters A (r, in_features) and B
     (out_features, r), and a `DoRA` its magnitude (out_features,) too. Train the parameters whose `requires_grad` is true.
     Adapters that are already on the model stay trainable; to keep them, first call `model.requires_grad_(False)`. B is zero,

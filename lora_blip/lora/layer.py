@@ -53,12 +53,12 @@ class LoRA(nn.Module):
         update = F.linear(F.linear(x, self.A), self.B) * self.scale
         return F.pad(update, self.padding) if any(self.padding) else update
 
-    def delta_weight(self) -> Tensor:
-        """Return ΔW = (alpha / r) · B A, shape (out_features, in_features), in float32 or wider (Hu et al. 2021, sec. 4.1)."""
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
+    def delta_weight(self, rows: slice | None = None) -> Tensor:
+        """Return ΔW = (alpha / r) · B A in float32 or wider, shape (out_features, in_features), or only `rows` of B A."""
+        dtype, B = torch.promote_types(self.A.dtype, torch.float32), self.B if rows is None else self.B[rows]
         with torch.autocast(self.A.device.type, enabled=False):
-            delta = (self.B.to(dtype) @ self.A.to(dtype)).mul_(self.scale)
-        return F.pad(delta, (0, 0, *self.padding)) if any(self.padding) else delta
+            delta = (B.to(dtype) @ self.A.to(dtype)).mul_(self.scale)
+        return F.pad(delta, (0, 0, *self.padding)) if any(self.padding) and rows is None else delta
 
     def extra_repr(self) -> str:
         return f"r={self.site.r}, alpha={self.site.alpha:g}, dropout={self.dropout:g}"
@@ -99,7 +99,7 @@ class AdapterStack(nn.ModuleDict):
         return [name_of(key) for key in self if not self.is_left_out(key)]
 
     def is_left_out(self, key: str) -> bool:
-        """Return True for an adapter that is not in the state_dict: it is merged, or it belongs to a `Captioner`."""
+        """Return True for an adapter that is not in the state_dict: it is merged, or a `Captioner` of this model loaded it."""
         return key in self.merged or (self.routing is not None and name_of(key) in self.routing.dormant)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:

@@ -247,11 +247,11 @@ def adds_in_place(linear: Any, keys: frozenset[str]) -> bool:
 
 def add_in_place(weight: Tensor, lora: LoRA) -> None:
     """Write W + ΔW into W as `summed` computes it, some rows at a time: a whole ΔW would need new memory, which is slow."""
-    rows = max(1, BLOCK // max(1, weight.shape[1]))
+    count = max(1, BLOCK // max(1, weight.shape[1]))
     target = weight[lora.padding[0] : len(weight) - lora.padding[1]]
-    with torch.autocast(weight.device.type, enabled=False):
-        for first in range(0, len(target), rows):
-            target[first : first + rows].add_((lora.B[first : first + rows] @ lora.A).mul_(lora.scale))
+    for first in range(0, len(target), count):
+        rows = slice(first, first + count)
+        target[rows].add_(lora.delta_weight(rows))
 
 
 @torch.no_grad()

@@ -389,6 +389,26 @@ def test_other_columns_of_the_validation_file_are_converted(folder, monkeypatch,
     assert [(e.image.name, e.text) for e in annotations.read("prepared_val/val.jsonl")[0]] == [("2.png", "a dog")]
 
 
+@pytest.mark.parametrize(
+    ("image", "text", "header", "row"),
+    [
+        ("Bilddatei", "Was", "Foto-Name,Bildtext", "1.png,a cat"),  # Bildtext is similar to Bilddatei, and has no image
+        ("Bild", "Text auf Deutsch", "Foto,Bild Text", "1.png,a cat"),
+        ("Datei", "Beschreibung", "Foto,Beschreibungsdatei,Satz", "1.png,2.png,a cat"),  # similar, and has images
+    ],
+)
+def test_a_similar_name_of_a_column_with_other_content_is_not_meant(folder, image, text, header, row):
+    """Before, the command for a validation file swapped the image and the text."""
+    path = _written(folder / "v.csv", f"{header}\n{row}\n")
+    with pytest.raises(DataError) as error:
+        annotations.read(path, keys=Keys(image=image, text=text))
+    words = shlex.split(str(error.value).splitlines()[-1].removeprefix("did you mean ").removesuffix("?"))
+    found = dict(zip(words[::2], words[1::2], strict=True))
+    keys = Keys(image=found["--image-key"], text=found["--text-key"])
+    (example,), _ = annotations.read(path, keys=keys)
+    assert example.text == "a cat" and example.name.endswith(".png")
+
+
 def test_swapped_columns_are_named(folder):
     names = [f"{number}.png" for number in range(30)]
     path = _written(folder / "x.csv", "text,image\n" + "".join(f"{name},a cat of {name[:-4]} years\n" for name in names))

@@ -410,8 +410,23 @@ class Doubled(LoRA):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
 
-    def delta_weight(self) -> torch.Tensor:
-        return 2 * super().delta_weight()
+    def delta_weight(self, rows: slice | None = None) -> torch.Tensor:
+        return 2 * super().delta_weight(rows)
+
+
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
+def test_an_edit_of_the_formula_in_lora_itself_is_merged(write, monkeypatch):
+    """Before, a merge of one float32 adapter computed (alpha / r) · B A itself, so that predictions ignored the edit."""
+    monkeypatch.setattr(LoRA, "forward", lambda self, x, forward=LoRA.forward: 2 * forward(self, x))
+    monkeypatch.setattr(LoRA, "delta_weight", lambda self, rows=None, of=LoRA.delta_weight: 2 * of(self, rows))
+    model, x = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6)), torch.randn(5, 6)
+    attached.fast(model, False)
+    for lora in injection.inject(model, [Site("0", 2, 3.0, "q", (2, 5)), Site("1", 2, 3.0)]).values():
+        lora.B.data.normal_()
+    hooked = model(x)
+    assert merging.adds_in_place(model[1], frozenset(["default"]))
+    write(model)
+    torch.testing.assert_close(model(x), hooked)
 
 
 @pytest.mark.parametrize("write", [merging.merge, merging.bake])
