@@ -400,3 +400,4 @@ def test_the_command_of_prepare_resets_the_settings_of_train_py_that_change_how_
     (tmp_path / "train.py").write_text('import lora_blip\nTASK = "auto"\nVAL_ANNOTATIONS = "v.jsonl"\n')
     assert command_line.training_command([])[2:] == ["--val-annotations", ""]
     assert command_line.training_command(["--val-annotations", "x"])[2:] == ["--val-annotations", "x"]
+    assert command_line.training_command([], kept=["--val-annotations"])[2:] == []

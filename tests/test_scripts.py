@@ -534,6 +534,30 @@ def test_texts_are_ranked_from_a_file_or_from_the_flag(checkpoints, here, monkey
     assert re.search(r"Image: +photos/0.png\nFits: +\d+\.\d%  " + lines[0]["text"], capsys.readouterr().out)
 
 
+def test_texts_of_another_encoding_are_read_and_a_table_is_refused(checkpoints, here, monkeypatch, capsys):
+    """Before, cp1252 was an error for this setting alone, and the header of a table was ranked as a text."""
+    tiny.write_photos(here, 1)
+    (here / "texts.txt").write_bytes("a café cube\ntwo cubes\n".encode("cp1252"))
+    (line,) = inferred(here, monkeypatch, "a", *as_it_is(checkpoints["blip"]), "--texts", "texts.txt")
+    assert {each["text"] for each in line["ranking"]} == {"a café cube", "two cubes"}
+    (here / "texts.csv").write_text("text;number\na cube;1\n")
+    (here / "broken.txt").write_bytes(b"caf\xc3\xa9 caf\xc3\xa9\ncaf\xff\n")
+    for name, message in (
+        ("texts.csv", "is a table; save its column of texts as a .txt file"),
+        ("broken.txt", "not UTF-8; save"),
+    ):
+        flags = ["--images", "photos", *map(str, as_it_is(checkpoints["blip"])), "--texts", name]
+        assert message in error_of(capsys, run_infer, flags, monkeypatch)
+
+
+def test_references_that_are_not_among_the_ranked_texts_are_reported(checkpoints, here, monkeypatch, capsys):
+    """They lower the score, whatever the model predicts."""
+    source = tiny.write_photos(here, 3, texts=["a red cube", "Two cubes.", "a dog"])
+    flags = [*as_it_is(checkpoints["blip"]), "--texts", "a red cube|two cubes", "--references", source]
+    inferred(here, monkeypatch, "a", *flags)
+    assert "1 image of 3 cannot be right: no reference of it is among the texts to rank\n" in capsys.readouterr().out
+
+
 def test_questions_are_asked_of_an_adapter_that_answers(checkpoints, here, monkeypatch, capsys):
     """A captioner becomes an answerer by its template; then one question for every image, or a file of them."""
     source = tiny.write_photos(here)
@@ -555,7 +579,7 @@ def test_questions_are_asked_of_an_adapter_that_answers(checkpoints, here, monke
     assert [set(line) for line in one] == [{"image", "question", "text", "base_text"}] * 12
     assert {line["question"] for line in one} == {"what is it?"}
     printed = capsys.readouterr().out
-    assert "Question: what is it?\nBase:" in printed and re.search(r"VQA accuracy +images +base +adapted", printed)
+    assert "Question: what is it?\nBase:" in printed and re.search(r"VQA accuracy +questions +base +adapted", printed)
     assert re.search(r"\nall +12 ", printed) and "colours" not in printed.split("VQA accuracy")[-1]
     for flags in (("--question", "asked.jsonl"), ("--references", "asked.jsonl")):
         both = inferred(here, monkeypatch, flags[0][2:], *flags)
@@ -583,7 +607,11 @@ def test_a_missing_question_is_named(checkpoints, here, monkeypatch, capsys):
     cases = [
         (vqa, [], "there is no question; set QUESTION (or --question) to 'what color is it?'"),
         (vqa, ["--question", "others.jsonl"], "has no line for any of 2 images"),
-        (vqa, ["--question", "captions.jsonl"], "captions.jsonl:1: no question; add"),
+        (
+            vqa,
+            ["--question", "captions.jsonl"],
+            "captions.jsonl: no line has a question; if its texts are the questions: --question-key text",
+        ),
         (vqa, ["--question", "what is it? " * 60], "the question has too many tokens"),
         (vqa, ["--question", "what is [SEP] it?"], "which the model uses as a special token"),
         (itm, [], "the task retrieval ranks texts; set TEXTS (or --texts) to 'a red cube|a blue cube'"),

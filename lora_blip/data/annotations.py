@@ -22,7 +22,7 @@ from lora_blip.data.entries import KeyFault, LeftOut, Located, Location, SomeLin
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder, Lines, many_objects
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
-from lora_blip.data.image_paths import SEVERAL, moved_images, same_names, used_root
+from lora_blip.data.image_paths import moved_images, same_names, used_root
 from lora_blip.data.image_roots import none_found
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
@@ -222,7 +222,7 @@ def _parsed(
 def _find_moved(
     parsed: Lines, builder: ExampleBuilder, decode: bool, find_all: bool, report: Callable[[str], object]
 ) -> dict[str, str]:
-    """Set the new paths of moved images. Return {image file: reason} of those not found; if not `decode`, of the ambiguous."""
+    """Set the new paths of moved images in `parsed`. If `decode`, return {image file: reason} for the images not found."""
     firsts = ((name, first.file) for name, first in builder.firsts.items())
     moved, missing = moved_images(firsts, builder.root, find_all, lambda text: report(printable(f"{builder.source}: {text}")))
     if warning := same_names(builder.root, builder.own_root, builder.firsts):
@@ -234,7 +234,7 @@ def _find_moved(
         fix = columns.swapped([example.text for example in builder.firsts.values()])
         text = none_found(builder.root, builder.own_root, list(builder.firsts), next(iter(missing.values())), fix)
         raise DataError(printable(f"{builder.source}: {text}"))
-    return missing if decode else {file: reason for file, reason in missing.items() if SEVERAL in reason}
+    return missing if decode else {}
 
 
 def trimmed(

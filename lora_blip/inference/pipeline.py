@@ -127,7 +127,7 @@ def conclude(
     adapter, model_name = inputs.adapter, "adapted" if inputs.adapter else "base"
     if references := inputs.references:
         texts = finished.texts_of(out.path, task.subject, references, model_name)
-        attempt("scores", lambda: report(task, references, texts))
+        attempt("scores", lambda: report(task, references, texts, inputs.texts))
     facts = {"images": config.images, "base": task.backbone.name, "precision": precision}
     facts |= {"adapter": str(adapter.path), "trained": work_of(adapter)} if adapter else {}
     facts["task"] = task.name

@@ -1,10 +1,13 @@
 """Define `Prediction`, the caption, answer or ranking of an image, and write, print and score predictions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lora_blip.data.example import Example
+from lora_blip.metrics.exact import normal
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 
@@ -105,10 +108,12 @@ def format_prediction(prediction: Prediction, base: str | None = None) -> str:
     return "\n".join(f"{f'{name}:' if name else '':<10}{printable(text)}" for name, text in rows) + "\n"
 
 
-def report(task: PredictionTask, references: dict[Path, list[Example]], texts: dict[str, dict[Any, str]]) -> None:
+def report(
+    task: PredictionTask, references: dict[Path, list[Example]], texts: dict[str, dict[Any, str]], ranked: Sequence[str] = ()
+) -> None:
     """Print the score of the texts that have references, for each group of the references and for all of them.
 
-    texts: {"base" or "adapted": {subject: generated text}}.
+    texts: {"base" or "adapted": {subject: predicted text}}. ranked: the texts to rank, if any.
     """
     lines: dict[Any, list[Example]] = {}
     usable = (e for of_image in references.values() for e in of_image if (e.answers if task.takes_question else e.text))
@@ -121,7 +126,8 @@ def report(task: PredictionTask, references: dict[Path, list[Example]], texts: d
             kind = 'answers to these questions; add "answers"' if task.takes_question else 'texts of these images; add "text"'
             print(f"no score: the references contain no {kind} to their lines in the file of REFERENCES (--references)")
         return
-    print(f"{task.correctness_name:<24}{'images':>8}" + "".join(f"{name:>9} " for name in texts))
+    unit = "questions" if task.takes_question else "images"
+    print(f"{task.correctness_name:<24}{unit:>9}" + "".join(f"{name:>9} " for name in texts))
     for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:
         members = [key for key in scored if group in ("all", lines[key][0].group)]
         if not group or (group != "all" and len(members) == len(scored)):
@@ -130,6 +136,10 @@ def report(task: PredictionTask, references: dict[Path, list[Example]], texts: d
             sum(task.correctness(text_of[key], lines[key]) if key in text_of else 0.0 for key in members) / len(members)
             for text_of in texts.values()
         ]
-        print(f"{printable(group):<24}{len(members):>8}" + "".join(f"{share:>9.1%} " for share in shares))
+        print(f"{printable(group):<24}{len(members):>9}" + "".join(f"{share:>9.1%} " for share in shares))
+    known = set(map(normal, ranked))
+    absent = sum(known.isdisjoint(normal(example.text) for example in lines[key]) for key in scored)
+    if ranked and absent and not task.takes_question:
+        print(f"{counted(absent, 'image')} of {len(scored):,} cannot be right: no reference of it is among the texts to rank")
     if "adapted" in texts:
         print("infer does not check if these images are in the training data of the adapter; `lora-blip evaluate` does")

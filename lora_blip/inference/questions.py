@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_blip.data import annotations, inference_files
+from lora_blip.data import annotations
 from lora_blip.data.example import Example
-from lora_blip.data.formats import NO_KEYS, Keys
+from lora_blip.data.formats import ESCAPED, NO_KEYS, Keys, open_text, table_encoding
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.image_sources import ImageSource
+from lora_blip.data.question_files import read_questions
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
-from lora_blip.runtime.system_errors import quoted_for_shell
+from lora_blip.runtime.system_errors import quoted_for_shell, reading
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import is_file, relative_if_below, require_folder
 from lora_blip.tasks.base import PredictionTask
@@ -56,14 +57,19 @@ class OtherTaskError(ConfigError):
 def read_texts(texts: str) -> list[str]:
     """Return the texts to rank, in order and without duplicates. Raise ConfigError if there are fewer than two.
 
-    texts: a file with one text per line, or texts with | between them.
+    texts: a file with one text per line, in UTF-8, UTF-16 or cp1252, or texts with | between them.
     """
     if not texts:
         return []
-    try:
-        lines = Path(texts).read_text(encoding="utf-8-sig").split("\n") if is_file(texts, "texts") else texts.split("|")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"texts = {texts!r}: not UTF-8 ({error}); save the file as UTF-8") from None
+    lines = texts.split("|")
+    if is_file(texts, "texts"):
+        path = Path(texts)
+        if path.suffix.lower() in annotations.TABLES:
+            raise ConfigError(f"texts = {texts!r} is a table; save its column of texts as a .txt file with one text per line")
+        with reading(path), open_text(path, encoding=table_encoding(path)) as file:
+            lines = file.read().split("\n")
+        if any(map(ESCAPED.search, lines)):
+            raise ConfigError(f"texts = {texts!r}: not UTF-8; save the file as UTF-8")
     unique = list(dict.fromkeys(annotations.plain(line) for line in lines if line.strip()))
     if len(unique) < 2:
         raise ConfigError(
@@ -184,9 +190,9 @@ def read_references(
     require_folder("image_root", root)
     with phase(f"reading {source}"):
         if setting == "question":
-            examples = inference_files.read_questions(source, root, keys, has_references)
+            examples = read_questions(source, root, keys, has_references)
         else:
-            examples = inference_files.read_references(source, root, keys)
+            examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
     with phase(lambda: f"comparing the paths in {source} with the images: {counted(compared, 'image')}"):
@@ -207,8 +213,23 @@ def read_references(
         )
     if setting == "references" and (missing := compared - len(references)):
         print(printable(f"{source} has no line for {missing:,} of {counted(compared, 'image')}: they have no score"))
-    if unused := len(examples) - sum(map(len, references.values())):
-        print(printable(f"{source}: {counted(unused, 'line')} of {len(examples)} not used: their images are not in IMAGES"))
+    unused = [example for example in examples if resolved[example.image] not in image_at]
+    lost = {image for image in {example.image for example in unused} if not image.exists()}
+    if named := _named_image([example for example in unused if example.image in lost], images, below=True):
+        example, folder = named
+        raise DataError(
+            f"{source}:{example.line}: {example.name!r} may be several files; to use that of IMAGES, set IMAGE_ROOT = "
+            f"{json.dumps(str(folder))} (--image-root {quoted_for_shell(str(folder))})"
+        )
+    for reason, lines in (
+        ("are not in IMAGES", [example for example in unused if example.image not in lost]),
+        ("do not exist", [example for example in unused if example.image in lost]),
+    ):
+        if lines:
+            such = f", such as {lines[0].name!r}"
+            print(
+                printable(f"{source}: {counted(len(lines), 'line')} of {len(examples)} not used: their images {reason}{such}")
+            )
     return references
 
 
@@ -216,13 +237,26 @@ def _fix_of_paths(examples: list[Example], images: Iterable[Example]) -> str:
     """Return the settings with which the paths of the references and of the images agree."""
     if (first := examples[0].image.resolve()).exists():
         return f"to use the images of the file: --images {quoted_for_shell(relative_if_below(first.parent))}"
-    parts = {tuple(Path(example.name).parts) for example in examples}
-    for image in images:
-        path = image.image.absolute()
-        count = next((count for count in range(1, len(path.parts)) if path.parts[-count:] in parts), 0)
-        if count and (root := str(path.parents[count - 1])) and Path(root).is_dir():  # not a shard
-            return f"set IMAGE_ROOT = {json.dumps(root)} (--image-root {quoted_for_shell(root)})"
+    if named := _named_image(examples, images):
+        root = str(named[1])
+        return f"set IMAGE_ROOT = {json.dumps(root)} (--image-root {quoted_for_shell(root)})"
     return "set IMAGES (--images) to the images of the file, or IMAGE_ROOT (--image-root) to the folder that its paths start in"
+
+
+def _named_image(examples: list[Example], images: Iterable[Example], below: bool = False) -> tuple[Example, Path] | None:
+    """Return an example whose written path is the end of the path of an image, and the folder before this end, or None.
+
+    below: only a folder inside the one that the path of the example is relative to.
+    """
+    by_parts = {tuple(Path(example.name).parts): example for example in reversed(examples)}
+    for image in images if by_parts else ():
+        path = image.image.absolute()
+        count = next((count for count in range(1, len(path.parts)) if path.parts[-count:] in by_parts), 0)
+        if count and (folder := path.parents[count - 1]).is_dir():  # not a shard
+            example = by_parts[path.parts[-count:]]
+            if not below or folder.is_relative_to(example.image.absolute().parents[count - 1]):
+                return example, folder
+    return None
 
 
 def of_setting(images: Iterable[Example]) -> str:

@@ -74,17 +74,18 @@ def is_our_script(path: str) -> bool:
         return False
 
 
-def training_command(flags: Sequence[str]) -> list[str]:
+def training_command(flags: Sequence[str], kept: Sequence[str] = ()) -> list[str]:
     """Return the words of a training with these flags: that of train.py if it is in the current folder, else `lora-blip train`.
 
     Other flags reset the settings of train.py that change how annotations are read, such as IMAGE_ROOT, if they are set.
+    kept: flags of the settings that are not reset.
     """
     if not is_our_script("train.py"):
         return [*(program() or ["lora-blip"]), "train", *flags]
     with open_regular(Path("train.py")) as file:
         settings = READING.findall(file.read(LONGEST_SCRIPT).decode(errors="replace"))
     names = {f"--{name.lower().replace('_', '-')}": "auto" * (name == "TASK") for name in settings}
-    reset = [word for flag, value in names.items() if flag not in flags for word in (flag, value)]
+    reset = [word for flag, value in names.items() if flag not in (*flags, *kept) for word in (flag, value)]
     return [python(), "train.py", *flags, *reset]
 
 

@@ -62,10 +62,15 @@ def check_base(adapter: Adapter, backbone: Backbone, task: str) -> None:
     try:
         check_fit(backbone.model, adapter)
     except AdapterError as error:
-        flag = f": --model {quoted_for_shell(adapter.base)}" * str(error).endswith("load that base")
-        if (own := adapter.task.get("name", task)) != task:
-            flag = f". It is for the task {own}, and this training is for {task}: give an adapter of this task, or none"
-        raise AdapterError(f"init_adapter: {error}{flag}") from None
+        reason = str(error)
+        flag = f": --model {quoted_for_shell(adapter.base)}" * reason.endswith("load that base")
+        if (own := adapter.task.get("name", task)) != task:  # its base would not help
+            reason = reason.removesuffix("; load that base")
+            flag = (
+                f". It is for the task {own}, and this training is for {task}: give the path of an adapter of this task, or "
+                'INIT_ADAPTER = "" (--init-adapter "")'
+            )
+        raise AdapterError(f"init_adapter: {reason}{flag}") from None
     if adapter.image_size not in (0, backbone.image_size) and not backbone.chose_image_size:
         raise AdapterError(
             f"init_adapter: {adapter.path} was trained on images of {adapter.image_size}×{adapter.image_size}, and this "

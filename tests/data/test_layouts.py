@@ -359,6 +359,17 @@ def test_validation_and_test_images_are_not_trained_on(tmp_path, capsys, monkeyp
     assert capsys.readouterr().out.splitlines()[-1] == expected
 
 
+def test_the_next_command_keeps_the_validation_file_if_only_train_is_wanted(tmp_path, capsys, monkeypatch):
+    """The command that converts ANNOTATIONS writes no validation file. Before, the next command removed VAL_ANNOTATIONS."""
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path, *(f"{n}.png" for n in range(4)))
+    (tmp_path / "train.py").write_text('import lora_blip\nVAL_ANNOTATIONS = "prepared_val/val.jsonl"\n')
+    (tmp_path / "a.csv").write_text("image,text\n" + "".join(f"{n}.png,a {n}\n" for n in range(4)))
+    for number, (splits, expected) in enumerate((("1", False), ("0.5,0,0.5", True))):
+        prepare(PrepareConfig(source="a.csv", output_dir=f"out{number}", splits=splits))
+        assert ("--val-annotations ''" in capsys.readouterr().out) == expected
+
+
 def test_the_next_command_of_prepare_trains_on_questions(tmp_path, capsys, monkeypatch):
     """Before, it had no task, and the training asked for one."""
     monkeypatch.setattr("sys.argv", ["lora-blip"])

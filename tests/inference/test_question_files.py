@@ -9,10 +9,9 @@ import pytest
 
 import lora_blip
 from lora_blip import InferConfig
-from lora_blip.data import annotations
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_sources import ImageSource
-from lora_blip.data.inference_files import read_questions
+from lora_blip.data.question_files import read_questions
 from lora_blip.errors import DataError
 from lora_blip.inference.questions import read_references
 from tests.support import tiny
@@ -107,9 +106,20 @@ def test_an_image_path_that_may_be_two_files_is_an_error(here, setting, capsys):
     (here / "c/photos/2.png").rename(here / "a/photos/2.png")
     write("x.csv", "image;question;answer", *(f"{n}.png;{ASKED};red" for n in range(3)))
     (here / "photos").rename(here / "c/other")
-    with pytest.raises(DataError, match=r"x\.csv:2: '0\.png' may be .*; write its folder too\. .* --image-root"):
+    with pytest.raises(
+        DataError, match=r"x\.csv:2: '0\.png' may be several files; .* set IMAGE_ROOT = \".*a/photos\" \(--image"
+    ):
         read_references("x.csv", "", ImageSource("a/photos"), setting=setting)
     assert sum(map(len, read_references("x.csv", "a/photos", ImageSource("a/photos"), setting=setting).values())) == 3
     assert "not used" not in capsys.readouterr().out
-    examples, _ = annotations.read("x.csv", "a/photos", decode=False)
-    assert len(examples) == 3
+    write(
+        "x.csv",
+        "image;question;answer",
+        f"a/photos/0.png;{ASKED};red",
+        f"b/photos/1.png;{ASKED};red",
+        f"gone/7.png;{ASKED};red",
+    )
+    read_references("x.csv", "", ImageSource("a/photos"), setting=setting)
+    printed = capsys.readouterr().out
+    assert "1 line of 3 not used: their images are not in IMAGES, such as 'b/photos/1.png'\n" in printed
+    assert "1 line of 3 not used: their images do not exist, such as 'gone/7.png'\n" in printed

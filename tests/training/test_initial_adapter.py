@@ -198,7 +198,7 @@ def test_an_initial_adapter_of_another_task_is_named(first, checkpoints, tmp_pat
     source.write_text("".join(f"{json.dumps(row)}\n" for row in asked))
     config = further(first, tmp_path, model=str(checkpoints["vqa"]), task="vqa", annotations=str(source))
     with pytest.raises(
-        AdapterError, match=r"It is for the task caption, and this training is for vqa: give an adapter of this"
+        AdapterError, match=r"It is for the task caption, and this training is for vqa: give the path of an adapter of this"
     ):
         train(config)
 

@@ -133,7 +133,7 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
     with phase(f"writing {counted(len(data.rows), 'line')} to {output}"):
         files = write(output, rows, data.dropped)
-    report(files, rows, data)
+    report(files, rows, data, split_fractions(config.splits)[0] == 1)
     return {split: files[split] for split in SPLIT_NAMES if split in files}
 
 
@@ -275,7 +275,7 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
     return {name.removesuffix(".jsonl"): output / name for name, content in files.items() if content}
 
 
-def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedData) -> None:
+def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedData, only_train: bool) -> None:
     """Print a table of what was read and dropped, and the numbers of lines and images of each split, and what to do next."""
     lines = (json.loads(data.rows[index].line) for index in spread(len(data.rows)))
     samples = [Sample(one["image"], one.get("text", ""), one.get("question", ""), one.get("answers", ())) for one in lines]
@@ -288,7 +288,7 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
         texts_of_split = counted(len(rows[split]), data.kind.removesuffix("s"))
         print(printable(f"{split:7} {texts_of_split:>18} of {counted(images, 'image')} → {files[split]}"))
     print("the images were found, but not decoded; training and evaluation decode them")
-    print(printable(f"next: {next_step(files, data.kind)}"))
+    print(printable(f"next: {next_step(files, data.kind, only_train)}"))
 
 
 def _split_of(row: Row) -> str | None:

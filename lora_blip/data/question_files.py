@@ -1,7 +1,4 @@
-"""Read the lines of REFERENCES and of a file of QUESTION, without opening their images.
-
-A file of questions needs images and questions only. The settings of columns may be those of REFERENCES.
-"""
+"""Read a file of QUESTION. It needs images and questions only, and the settings of columns may be those of REFERENCES."""
 
 import re
 from contextlib import suppress
@@ -12,8 +9,6 @@ from lora_blip.data import annotations
 from lora_blip.data.entries import TEXT_KEYS, SomeLinesError, canonical
 from lora_blip.data.example import Example
 from lora_blip.data.formats import Keys
-from lora_blip.data.image_paths import SEVERAL
-from lora_blip.data.summary import listing
 from lora_blip.data.two_files import FIX
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell
@@ -26,17 +21,6 @@ OTHER_FILE = (
 )
 
 
-def read_references(source: str, root: str, keys: Keys, setting: str = "references") -> list[Example]:
-    """Return the valid lines of a file, and report the others. Their images are not opened.
-
-    Raise DataError if no line is valid, or if an image path may be that of several files: its line would get no score.
-    """
-    examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
-    if ambiguous := [problem for problem in problems if SEVERAL in problem.reason]:
-        raise DataError(listing(ambiguous))
-    return examples
-
-
 def read_questions(source: str, root: str, keys: Keys, has_references: bool) -> list[Example]:
     """Return the lines of a file of questions. Their images are not opened. Raise DataError if no line has a question.
 
@@ -44,7 +28,7 @@ def read_questions(source: str, root: str, keys: Keys, has_references: bool) -> 
     """
     keys = _keys_of(source, keys)
     try:
-        examples = read_references(source, root, keys, "question")
+        examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting="question")
     except SomeLinesError:
         raise
     except DataError as error:
