@@ -11,7 +11,7 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "ΔW multiplied in half precision", "lora",
-        [("(self.B.to(dtype) @ self.A.to(dtype)).mul_", "(self.B.half() @ self.A.half()).to(dtype).mul_")],
+        [("(B.to(dtype) @ self.A.to(dtype)).mul_", "(B.half() @ self.A.half()).to(dtype).mul_")],
     ),
     (
         "ΔW multiplied in the dtype of autocast", "lora",

@@ -38,8 +38,10 @@ def read_questions(source: str, root: str, keys: Keys, has_references: bool) -> 
         raise DataError(message) from None
     if not any(example.question for example in examples):
         texts = (name for name in TEXT_KEYS if _has_questions(source, Keys(image=keys.image, question=name)))
-        name = quoted_for_shell(next(texts, "COLUMN"))
-        raise DataError(f"{source}: no line has a question; if its texts are the questions: --question-key {name}")
+        name = next(texts, "COLUMN")
+        raise DataError(
+            f"{source}: no line has a question; if its texts are the questions: --question-key {quoted_for_shell(name)}"
+        )
     return examples
 
 
