@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +15,9 @@ from lora_blip.cli import main
 from lora_blip.config import InferConfig, TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.annotations import refuse_unknown_columns
-from lora_blip.data.formats import NO_KEYS, Keys, keys_of
-from lora_blip.data.prepare.command import PrepareConfig, prepare
-from lora_blip.data.two_files import of_two_files
+from lora_blip.data.formats import NO_KEYS, Keys
+from lora_blip.data.several_files import of_several_files
 from lora_blip.errors import DataError, LoraBlipError
-from lora_blip.flags import parse
 from lora_blip.inference.setup import read_inputs
 from lora_blip.models.loading import locate_model
 from lora_blip.runtime import runs
@@ -190,51 +186,12 @@ def test_unknown_columns_are_found_before_torch_is_imported(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as later:
         annotations.read("a.csv")
-    with pytest.raises(DataError) as of_validation, of_two_files("a.csv"):
+    with pytest.raises(DataError) as of_validation, of_several_files(NO_KEYS):
         annotations.read("a.csv")
     errors = [f"error: {error.value}" for error in (later, of_validation, later)]
     assert [message.strip() for message in json.loads(done.stdout)] == errors
     refuse_unknown_columns("b.csv", NO_KEYS)
     refuse_unknown_columns("a.csv", Keys("Datei", "Wort"))
-
-
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("usual", ["", "training", "validation"])
-def test_the_commands_that_convert_files_with_other_columns_can_be_pasted(tmp_path, monkeypatch, named, usual):
-    """Before, both commands wrote the folder prepared, so the second one failed, and VAL_ANNOTATIONS was the training file."""
-    monkeypatch.chdir(tmp_path)
-    tiny.write_photos(tmp_path, 6)
-    rows = [(f"{number}.png", f"a cube {number}") for number in range(6)]
-
-    def write(name: str, header: str, own: list[tuple[str, str]]) -> str:
-        Path(name).write_text("\n".join([header, *(f"{image};{text}" for image, text in own)]) + "\n", "utf-8")
-        return name
-
-    training = write("my a.csv", "Datei;Wort", rows[:4])
-    if usual == "training":
-        Path("a.jsonl").write_text("".join(json.dumps({"image": image, "text": text}) + "\n" for image, text in rows[:4]))
-        training = "a.jsonl"
-    validation = write("b.csv", "image;text" if usual == "validation" else "Foto;Satz", rows[4:])
-    keys = {"image_key": "Datei", "text_key": "Wort"} if named else {}
-    config = TrainConfig(annotations=training, val_annotations=validation, image_root="photos", **keys)
-    if not named and usual == "validation":
-        refuse_unknown_columns(validation, NO_KEYS)
-        return
-    with pytest.raises(DataError) as error, of_two_files(validation, config=config):
-        refuse_unknown_columns(validation, keys_of(config))
-    *_, last = (index for index, line in enumerate(str(error.value).splitlines()) if not line.startswith("lora-blip prepare"))
-    lines = str(error.value).splitlines()
-    for line in lines[last + 1 :]:
-        words = shlex.split(line)
-        prepare(parse(PrepareConfig, {}, words[2:]))
-    set_to = dict(re.findall(r'([A-Z_]+) = "([^"]+)"', lines[last]))
-    converted = ["ANNOTATIONS"] * (named and usual != "training") + ["VAL_ANNOTATIONS"] * (usual != "validation")
-    assert list(set_to) == converted and len(lines[last + 1 :]) == len(converted)
-    sources = set_to.get("ANNOTATIONS", training), set_to.get("VAL_ANNOTATIONS", validation)
-    for source, expected in zip(sources, (rows[:4], rows[4:]), strict=True):
-        if named or source != training or usual == "training":
-            found = annotations.read(source, "photos")[0]
-            assert sorted((each.image.name, each.text) for each in found) == expected
 
 
 def test_a_setting_of_annotations_that_is_empty_is_named():
@@ -252,11 +209,10 @@ def test_strange_names_of_columns_end_in_one_error(tmp_path, monkeypatch, name, 
     """Their text is in the message that is searched for flags."""
     monkeypatch.chdir(tmp_path)
     tiny.write_photos(tmp_path, 1)
-    for keys in ({}, {"image_key": "Datei"}):
+    for keys in ({}, {"image": "Datei"}):
         if kind == "csv":
             (tmp_path / "b.csv").write_text('"{}";Bild\na;0.png\n'.format(name.replace('"', '""')))
         else:
             (tmp_path / "b.jsonl").write_text(json.dumps({name: "a", "Bild": "0.png"}) + "\n")
-        config = TrainConfig(annotations="a.jsonl", val_annotations=f"b.{kind}", image_root="photos", **keys)
-        with pytest.raises(DataError, match="prepared_val/val"), of_two_files(f"b.{kind}", config=config):
-            annotations.read(f"b.{kind}", "photos", keys=keys_of(config))
+        with pytest.raises(DataError), of_several_files(Keys(**keys)):
+            annotations.read(f"b.{kind}", "photos", keys=Keys(**keys))

@@ -8,7 +8,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,9 @@ from lora_blip.data.image_paths import moved_images, same_names, used_root
 from lora_blip.data.image_roots import none_found
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
+from lora_blip.data.several_files import of_several_files
 from lora_blip.data.splits import Part, of_one_split
 from lora_blip.data.summary import LISTED, ReadLines, listing, one_problem
-from lora_blip.data.two_files import of_two_files
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import os_error_reason, printable, printable_lines, quoted
@@ -177,7 +177,7 @@ def check_columns(config: Any, *settings: str) -> None:
     """Call `refuse_unknown_columns` for the files in these settings of a command."""
     for setting in settings:
         if source := getattr(config, setting):
-            with of_two_files(source, setting, config):
+            with of_several_files(keys_of(config), setting == "val_annotations"):
                 refuse_unknown_columns(source, keys_of(config), setting)
 
 
@@ -199,11 +199,13 @@ def _parts(
     report: Callable[[str], object],
 ) -> Iterator[Part]:  # fmt: skip
     """Yield the parsed lines of each file of the data. The parameters are those of `read`."""
-    for path, root, entries, describe in sources_of(source, keys, setting, use_splits):
+    for path, root, entries, describe in (files := sources_of(source, keys, setting, use_splits)):
         builder = ExampleBuilder(path, used_root(path, root, image_root, report), use_splits)
         builder.own_root = root
         read = entries if groups is None else partial(observed, entries, builder.group_entries, groups)
-        yield builder, _parsed(path, read, builder, report), describe
+        with of_several_files(keys) if len(files) > 1 else nullcontext():
+            lines = _parsed(path, read, builder, report)
+        yield builder, lines, describe
 
 
 def _parsed(

@@ -59,7 +59,8 @@ def by_name(wrong: Mapping[str, str], named: Mapping[str, str], names: Sequence[
     rest = [each for each in names if each not in used]
     near: dict[str, str] = {}
     for ours, name in wrong.items():
-        column = near_column(ours, name, [each for each in rest if each not in near.values()])
+        free = [each for each in rest if each not in near.values()]
+        column = next(filter(None, (near_column(ours, each, free) for each in name.split("|"))), "")
         near[ours] = without_number(ours, column, names)
     return near | ({"text": ""} if "text" in near and numbered_names(list(map(plain_name, names)), False) else {})
 
@@ -122,7 +123,7 @@ def no_column(named: Mapping[str, str], header: list[str], below: list[list[str]
     numbered = numbered_names(list(map(plain_name, header)), False)
     read = f'to read {", ".join(numbered)}, name no text: {key_flag("text")} ""'
     fix = read if numbered and near == {"text": ""} else right_flags(near, "column")
-    names = " or ".join(map(quoted, wrong.values()))
+    names = " or ".join(quoted(each) for name in wrong.values() for each in name.split("|"))
     return f"no column has the name {names}; the columns are:\n{described(header, below)}\n{fix}"
 
 

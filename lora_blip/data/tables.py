@@ -12,6 +12,7 @@ from pathlib import Path
 from lora_blip.data.columns import INTEGER, keys_of_columns
 from lora_blip.data.entries import IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located, plain_name
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
+from lora_blip.data.several_files import chosen
 from lora_blip.data.several_texts import numbered_names, numbered_of, several
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
@@ -65,13 +66,14 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
     number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
     names = list(map(plain_name, header))
     below = [row for at, row in first if isinstance(row, list) and at != number and len(row) == len(header)]
-    if not (keys.named or is_header(names)) and not _is_header_row(header, below, needs_header):
+    named = chosen(keys.named, header)
+    if not (named or is_header(names)) and not _is_header_row(header, below, needs_header):
         yield from _without_header(chain(first, rows), first)
         return
     if reason := _repeated(names):
         yield number, reason
         return
-    columns = keys_of_columns(path, number, header, below, keys.named)
+    columns = keys_of_columns(path, number, header, below, named)
     count, asks = len(header), "question" in columns
     numbered = numbered_names(columns, asks)
     for at, row in chain(first, rows):
@@ -107,10 +109,10 @@ def _has_image(row: list[str]) -> bool:
 def has_known_columns(row: list[str], keys: Keys) -> bool:
     """Return True if a row contains the names that the user gives, or else usual names of an image and a text."""
     cells = {cell.strip().lower() for cell in row}
-    named = keys.named.items()
-    return (
-        all(name.strip().lower() in cells or numbered_of(row, ours, name) for ours, name in named) if named else is_header(row)
-    )
+    named = chosen(keys.named, row)
+    if not named:
+        return is_header(row)
+    return all(name.strip().lower() in cells or numbered_of(row, ours, name) for ours, name in named.items())
 
 
 def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:

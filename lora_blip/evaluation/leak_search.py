@@ -10,6 +10,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import Keys, keys_of
 from lora_blip.data.leaks import Leak, find_leaks
+from lora_blip.data.several_files import of_several_files, with_usual_names
 from lora_blip.data.splits import RULES, lines_for_training
 from lora_blip.errors import AdapterError, DataError
 from lora_blip.lora import adapter_file
@@ -107,10 +108,12 @@ def _search(
         return LeakSearch([], f"not searched: {source} does not exist; give the file with --train-annotations")
     try:
         splits: dict[str, list[Example]] = {}
-        training, _ = annotations.read(
-            source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations",
-            splits=splits,
-        )  # fmt: skip
+        given = bool(config.train_annotations)  # the settings of columns are then those of REFERENCES too
+        with of_several_files(keys, given):
+            training, _ = annotations.read(
+                source, root, on_bad_data="skip", decode=False, report=lambda _: None, setting="train_annotations",
+                keys=with_usual_names(keys) if given else keys, splits=splits,
+            )  # fmt: skip
         training = lines_for_training(training, splits, rules)
     except DataError as error:
         if config.train_annotations:

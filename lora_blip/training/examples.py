@@ -9,8 +9,8 @@ from lora_blip.data import annotations, splits
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.grouping import Groups
+from lora_blip.data.several_files import of_several_files
 from lora_blip.data.split_leaks import Thumbnails
-from lora_blip.data.two_files import of_two_files
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
@@ -121,7 +121,7 @@ def read_file(
     """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     setting = "val_annotations" if source == config.val_annotations else "annotations"
-    with phase(f"reading {source}"), of_two_files(source, setting, config):
+    with phase(f"reading {source}"), of_several_files(keys_of(config), setting == "val_annotations"):
         examples, _ = annotations.read(
             source,
             config.image_root,

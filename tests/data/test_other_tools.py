@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare.command import PrepareConfig, prepare
-from lora_blip.data.two_files import of_two_files
+from lora_blip.data.several_files import of_several_files
 from lora_blip.errors import DataError
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask
@@ -325,15 +324,14 @@ def test_the_fix_of_most_lines_is_named_if_no_line_is_valid(folder, first):
     assert str(error.value).endswith("name the right one: --image-key shot --text-key says (4 of 6 lines have this problem)")
 
 
-def test_an_error_in_one_line_of_the_validation_file_does_not_advise_to_convert_files(folder):
+def test_an_error_in_one_line_of_the_validation_file_names_no_other_column(folder):
     """The names of the columns are right, because other lines are valid."""
     for bad in ({"image": "1.png", "wrods": "a"}, {"image": "1.png"}):
         path = write(folder / "val.jsonl", [{"image": "1.png", "words": "a"}, bad, bad])
-        config = TrainConfig(annotations=str(folder / "x.jsonl"), val_annotations=str(path), text_key="words")
-        with pytest.raises(DataError) as error, of_two_files(path, "val_annotations", config):
+        with pytest.raises(DataError) as error, of_several_files(Keys(text="words")):
             read(path, keys=Keys(text="words"))
-        assert "val.jsonl:2: it has no 'words'" in str(error.value) and "convert" not in str(error.value)
-    with pytest.raises(DataError, match="convert") as error, of_two_files(path, "val_annotations", config):
+        assert "val.jsonl:2: it has no 'words'" in str(error.value) and "|" not in str(error.value)
+    with pytest.raises(DataError, match=r'--text-key "words\|text"'), of_several_files(Keys(text="words")):
         read(write(folder / "val.jsonl", [{"image": "1.png", "text": "a"}]), keys=Keys(text="words"))
 
 

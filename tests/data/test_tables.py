@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS
 from lora_blip.data.formats import Keys
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.data.tables import csv_entries, tsv_entries
 from lora_blip.errors import DataError
-from lora_blip.flags import parse
-from lora_blip.training.examples import read_file
 
 
 @pytest.fixture
@@ -370,23 +367,6 @@ def test_a_column_of_json_is_not_proposed_as_the_text(folder):
     path.write_text("\n".join(["datei,more,wort", "1.png,{},a cat", '2.png,"{""a long word"": 1}",b']))
     with pytest.raises(DataError, match=r'--image-key "datei" --text-key "wort"$'):
         annotations.read(path)
-
-
-@pytest.mark.parametrize("name", ["v.csv", "v.jsonl"])
-def test_other_columns_of_the_validation_file_are_converted(folder, monkeypatch, name):
-    """The flags name the columns of both files, so they cannot correct only one. The printed command can."""
-    monkeypatch.chdir(folder)
-    _written(folder / "a.csv", "image,text\n1.png,a cat\n")
-    _written(folder / name, "Bild;Satz\n2.png;a dog\n" if name == "v.csv" else '{"Bild": "2.png", "Satz": "a dog"}\n')
-    config = TrainConfig(annotations="a.csv", val_annotations=name)
-    with pytest.raises(DataError, match="it would name those of ANNOTATIONS too") as error:
-        annotations.check_columns(config, "annotations", "val_annotations")
-        task: Any = types.SimpleNamespace(check=lambda _: "", pretokenize=None, trim=None)
-        read_file(config, task, name, None)
-    words = shlex.split(str(error.value).splitlines()[-1])
-    assert words[:2] == ["lora-blip", "prepare"]
-    prepare(parse(PrepareConfig, {}, words[2:]))
-    assert [(e.image.name, e.text) for e in annotations.read("prepared_val/val.jsonl")[0]] == [("2.png", "a dog")]
 
 
 @pytest.mark.parametrize(

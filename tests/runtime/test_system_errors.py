@@ -478,7 +478,7 @@ def test_an_image_of_a_parquet_file_that_cannot_be_written_is_no_damaged_downloa
 SAFE = {
     "data/prepare/web_addresses.py: images", "data/prepare/web_addresses.py: local",
     "inference/commands.py: BASE_OF[config.task]", "inference/commands.py: BASE_OF[self.task]",
-    "data/image_roots.py: folder", "data/two_files.py: splits",
+    "data/image_roots.py: folder",
     "inference/adapter_choice.py: task", "inference/other_runs.py: task",
     "inference/explanation.py: first", "inference/setup.py: wrong[0]", "lora/blend_command.py: new", "lora/targets.py: R",
     "models/base_config.py: key", "runtime/files.py: new", "runtime/hub_cache.py: folder",

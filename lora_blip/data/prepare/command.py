@@ -20,6 +20,7 @@ from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_sizes, split_fractions
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.prepare.split_names import with_splits_of_folders
+from lora_blip.data.several_files import of_several_files
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.counts import counted
@@ -113,11 +114,13 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
 def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     print(printable(f"reading {config.source} …"), flush=True)
     data = PreparedData(f"{output.absolute()}{os.sep}", groups=Groups(config.group_by))
-    for source in find_sources(config.source, config.format, keys_of(config), config.template):
+    keys = keys_of(config)
+    sources = find_sources(config.source, config.format, keys, config.template)
+    for source in sources:
         folder = Folder(source.image_root(config.images))
-        with phase(
-            lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"
-        ):  # the lambda is called only inside this block
+        # the lambda is called only inside this block
+        name = lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"  # noqa: E731
+        with phase(name), of_several_files(keys, len(sources) > 1):
             read_source(source, folder, data)
     if data.rows:
         data.dropped = [replace(one, reason=in_this_line(one.reason)) for one in data.dropped]

@@ -27,6 +27,7 @@ from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
 from lora_blip.data.images import LARGEST_FILE, is_picture
 from lora_blip.data.prepare.parquet_reader import ADDRESSES, COLUMNS, UNWRITABLE
 from lora_blip.data.prepare.web_addresses import refusal
+from lora_blip.data.several_files import chosen
 from lora_blip.data.several_texts import gathered, questions_key, several
 from lora_blip.data.shards import StrictTarInfo
 from lora_blip.errors import DataError, FileError
@@ -149,8 +150,8 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
     if entry is None:
         yield at, str(row["reason"]) if "reason" in row else LeftOut(row["left_out"])
         return
-    named = {key: name for key, name in keys.named.items() if key != "image"}
-    entry = renamed(entry, named)
+    named = chosen(keys.named, entry)
+    entry = renamed(entry, {key: name for key, name in named.items() if key != "image"})
     if isinstance(entry, str):
         yield at, entry
         return
@@ -231,6 +232,7 @@ def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target:
     if caption == "json":
         metadata = parsed(text)
         metadata = metadata if isinstance(metadata, dict) else {}
+        text_key = chosen({"text": text_key}, metadata).get("text", "")
         if text_key and text_key not in metadata:
             return unknown_name(metadata, {"text": text_key}) or f"it has no {quoted(text_key)}"
         text = metadata.get(text_key or first_key(metadata, ("caption", *TEXT_KEYS)) or "caption")

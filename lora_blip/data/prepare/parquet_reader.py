@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_blip.data.columns import flag_of, flags, near_column
 from lora_blip.data.entries import IMAGE_KEYS, plain_name
+from lora_blip.data.several_files import chosen
 from lora_blip.runtime.counts import counted
 
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png", "webp", *IMAGE_KEYS)
@@ -39,6 +40,7 @@ def main(target: Path, path: Path, image_column: str) -> None:
     limit(path.stat().st_size)
     schema, batches = open_table(path)
     plain = {plain_name(name): name for name in reversed(schema.names)} | {name: name for name in schema.names}
+    image_column = chosen({"image": image_column}, schema.names).get("image", "")
     image = image_column or next((plain[name] for name in IMAGE_COLUMNS if name in plain), "")
     image = image or only_one([field.name for field in schema if is_binary(field.type)])
     image = image or next((field.name for field in schema if pa.types.is_struct(field.type)), "")

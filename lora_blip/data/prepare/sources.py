@@ -40,6 +40,7 @@ from lora_blip.data.prepare.split_names import (
     with_split,
     without_split,
 )
+from lora_blip.data.several_files import chosen
 from lora_blip.data.several_texts import several
 from lora_blip.data.summary import source_line
 from lora_blip.data.tables import table_delimiter
@@ -235,7 +236,7 @@ def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Itera
     An entry without a key that the user names is replaced by a reason.
     """
     for at, raw in entries():
-        entry = renamed(raw, keys.named) if isinstance(raw, dict) else raw
+        entry = renamed(raw, chosen(keys.named, raw)) if isinstance(raw, dict) else raw
         if not isinstance(entry, dict):
             yield at, entry
             continue
