@@ -145,7 +145,7 @@ def require_fit(backbone: Backbone, adapter: Adapter) -> None:
     try:
         check_fit(backbone.model, adapter)
     except AdapterError as error:
-        own = ': MODEL = "" (--model ""; in Python: base=None)' * (backbone.name != adapter.base)
+        own = ' by MODEL = "" (--model ""; in Python: base=None)' * (backbone.name != adapter.base)
         raise AdapterError(f"{error}{own * str(error).endswith('load that base')}") from None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_blip.errors import AdapterError, CheckpointError
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME, PEFT_CONFIG, PEFT_WEIGHTS
-from lora_blip.runtime.command_line import this_command
+from lora_blip.runtime.command_line import is_our_script, this_command
 from lora_blip.runtime.hub_adapters import fetch, is_name
 from lora_blip.runtime.system_errors import file_error
 from lora_blip.runtime.untrusted import is_too_long, open_regular, quoted
@@ -94,7 +94,8 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
     order = f", {first} first" * (len(others) > 1)
     fix = f"give another run{order}: {', '.join(map(repr, others[:NAMED]))}"
     if not others:
-        fix = "train one: lora-blip train (or python train.py); or give the full path of one"
+        train = "python train.py" if is_our_script("train.py") else "lora-blip train"
+        fix = f"train one: {train}; or give the full path of one"
     return AdapterError(f"no adapter at {str(path)!r}{folder}; {meant}{fix}")
 
 

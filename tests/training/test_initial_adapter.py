@@ -175,7 +175,7 @@ def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoin
 
 
 def test_another_base_at_inference_gives_the_setting_that_uses_the_base_of_the_adapter(first, checkpoints):
-    with pytest.raises(AdapterError, match=r'load that base: MODEL = "" \(--model ""; in Python: base=None\)$'):
+    with pytest.raises(AdapterError, match=r'load that base by MODEL = "" \(--model ""; in Python: base=None\)$'):
         Captioner.from_adapter(first[1], base=str(checkpoints["opt"]), device="cpu")
 
 
@@ -183,9 +183,9 @@ def test_another_base_is_an_error_before_any_prediction(first, checkpoints, tmp_
     """`evaluate` scored the whole base first. No output folder is created."""
     monkeypatch.setattr("lora_blip.evaluation.comparison.measure", None)
     same = {"model": str(checkpoints["opt"]), "adapter": str(first[1]), "device": "cpu", "output_dir": str(tmp_path / "out")}
-    with pytest.raises(AdapterError, match="load that base: MODEL = "):
+    with pytest.raises(AdapterError, match="load that base by MODEL = "):
         evaluate(EvaluateConfig(references=first[0].annotations, train_annotations="none", **same))
-    with pytest.raises(AdapterError, match="load that base: MODEL = "):
+    with pytest.raises(AdapterError, match="load that base by MODEL = "):
         infer(InferConfig(images=str(Path(first[0].annotations).parent / "photos"), **same))
     assert not (tmp_path / "out").exists()
 
