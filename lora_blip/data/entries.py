@@ -22,6 +22,7 @@ TEXT_KEYS = (
     "alt_text", "prompt",
 )  # fmt: skip
 ANSWER_KEYS = ("answers", "answer")
+ANSWER_SEPARATOR = "|"  # between several answers in one text
 INVISIBLE = ("Cc", "Cf", "Zs")  # Unicode categories: control, format such as a zero-width space, and spaces
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "validate": "val", "eval": "val"}
@@ -230,6 +231,7 @@ def _question(rest: Entry, answered: bool) -> Entry:
     """Remove question, answers and question_id from `rest`, and return them. Raise _ValueError if one is invalid."""
     question, may_be_empty = _tidied("question", rest.pop("question")), not answered and rest.keys().isdisjoint(ANSWER_KEYS)
     answers = _take(rest, ANSWER_KEYS, [])
+    answers = answers.split(ANSWER_SEPARATOR) if isinstance(answers, str) else answers
     answers = answers if isinstance(answers, list) else [answers]
     if not answers and not may_be_empty:
         typo = next((typo for key in rest if (typo := misspelled(key, ANSWER_KEYS, rest[key]))), "")
@@ -274,17 +276,6 @@ def _has_surrogates(entry: Entry) -> bool:
 
 class _ValueError(ValueError):
     """A value of an entry is invalid. The message names the key."""
-
-
-def folder_splits(names: Sequence[str]) -> list[str]:
-    """Return the split of each image path by its innermost folder train, val or test, or "" for a path without one.
-
-    Return [] if the folders are no splits: fewer than half of the paths have one, or none is for training, or no other exists.
-    """
-    parts = (PATH_PARTS.split(name)[-2::-1] for name in names)
-    found = [next((SPLITS[part.lower()] for part in folders if part.lower() in SPLITS), "") for folders in parts]
-    kinds = set(found) - {""}
-    return found if "train" in kinds and len(kinds) > 1 and 2 * sum(map(bool, found)) >= len(found) else []
 
 
 def first_key(entry: Entry, keys: Iterable[str]) -> str | None:

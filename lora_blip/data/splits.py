@@ -5,14 +5,13 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import compress
 from pathlib import Path
 
-from lora_blip.data.entries import folder_splits
 from lora_blip.data.example import FILE, Example, ExampleBuilder, Lines, many_objects
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.paths import in_walking_order, resolved
-from lora_blip.data.prepare.split_names import SPLIT_NAME
+from lora_blip.data.prepare.split_names import SPLIT_NAME, folder_splits, split_of_folders
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.untrusted import printable, quoted
 
 Part = tuple[ExampleBuilder, Lines, Callable[[int, Path], list[str]]]  # of the data: a file, its lines, and its description
 RULES = 2  # version of `lines_for_training`. Adapter files contain it; if they do not, the version is 1
@@ -104,6 +103,22 @@ def of_one_split(source: object, parts: list[Part], only: Sequence[str], report:
     kept = sum(builder.splits.get(line.line) == split for builder, line in lines)
     report(one_split_used(source, split, kept, len(lines)))
     return [(builder, builder.only(split, parsed), describe) for builder, parsed, describe in parts]
+
+
+def trained_test_folders(names: Sequence[str]) -> str:
+    """Return a warning if some images are in a folder test or val, and are for training, because none is in a folder train.
+
+    Return "" if all images are in such folders: the user has chosen them.
+    """
+    found = list(map(split_of_folders, names))
+    held_out = [name for name, split in zip(names, found, strict=True) if split]
+    if "train" in found or not 0 < len(held_out) < len(names):
+        return ""
+    return (
+        f"warning: {counted(len(held_out), 'line')} of {len(names):,} with an image in a folder that is named as a split, such "
+        f"as {quoted(held_out[0])}, for training too: no folder is named train. If these images are for a test, move the "
+        "others into a folder train"
+    )
 
 
 def add_folder_splits(parts: list[Part]) -> None:

@@ -10,14 +10,13 @@ from itertools import chain, islice
 from pathlib import Path
 
 from lora_blip.data.columns import INTEGER, keys_of_columns
-from lora_blip.data.entries import IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located, plain_name
+from lora_blip.data.entries import ANSWER_SEPARATOR, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located, plain_name
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
 from lora_blip.data.several_files import chosen
 from lora_blip.data.several_texts import numbered_names, numbered_of, several
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
-ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
 BOOLEANS = {"TRUE": "yes", "FALSE": "no"}  # as spreadsheet programs write them into a CSV
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')

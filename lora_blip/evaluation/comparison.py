@@ -75,6 +75,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     facts = outputs.facts_of(config, adapter, runner, comparison.main, examples) | {"leaks": leak_search.note}
     facts |= {"tokenizer": token_report} if token_report else {}
     warnings = warnings_of(comparison, leak_search, runner.task, examples)
+    if adapter and config.train_annotations != "none" and "not searched" in leak_search.note:
+        warnings.insert(0, f"these images may be training images: {leak_search.note}")
     print(f"\n{outputs.score_table(rows, warnings)}\n")  # before the files, because a full disk can prevent writing them
     files = outputs.write(folder, config, comparison, rows, facts, warnings, leak_search.leaks, adapter)
     print(f"wrote {printable(', '.join(map(str, files)))}")

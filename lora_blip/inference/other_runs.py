@@ -72,5 +72,5 @@ def base_named_by(adapter: Adapter | None) -> Iterator[None]:
     except MissingBaseError as error:
         if adapter is None:
             raise
-        moved = "if this base was moved, give its new path: --model PATH (in Python: base=PATH)"
+        moved = "if this base was moved, give its new path: --model PATH (in Python: base=PATH, or model=PATH in a config)"
         raise MissingBaseError(f"{error}\nThe adapter {adapter.path} was trained on {adapter.base!r}; {moved}") from None

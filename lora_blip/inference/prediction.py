@@ -108,6 +108,20 @@ def format_prediction(prediction: Prediction, base: str | None = None) -> str:
     return "\n".join(f"{f'{name}:' if name else '':<10}{printable(text)}" for name, text in rows) + "\n"
 
 
+def _why_no_score(
+    task: PredictionTask, references: dict[Path, list[Example]], lines: dict[Any, list[Example]], texts: dict[Any, str]
+) -> str:
+    """Return why no prediction has a reference, and what to do. lines: {subject: its references}. texts: {subject: text}."""
+    every = [example for of_image in references.values() for example in of_image]
+    if lines and task.takes_question:
+        asked = next((subject[1] for subject in texts), "")
+        return f"the references have other questions, such as {every[0].question!r}, and not {asked!r}; ask with the same words"
+    if not task.takes_question and all(example.question for example in every):
+        return "the references are questions with answers, and the task needs texts; give an adapter that answers questions"
+    kind = 'answers to these questions; add "answers"' if task.takes_question else 'texts of these images; add "text"'
+    return f"the references contain no {kind} to their lines in the file of REFERENCES (--references)"
+
+
 def report(
     task: PredictionTask, references: dict[Path, list[Example]], texts: dict[str, dict[Any, str]], ranked: Sequence[str] = ()
 ) -> None:
@@ -123,9 +137,10 @@ def report(
     scored = [key for key in lines if key in last]
     if not scored:
         if references:
-            kind = 'answers to these questions; add "answers"' if task.takes_question else 'texts of these images; add "text"'
-            print(f"no score: the references contain no {kind} to their lines in the file of REFERENCES (--references)")
+            print(printable(f"no score: {_why_no_score(task, references, lines, last)}"))
         return
+    if task.takes_question and (missing := len(last) - len(scored)):
+        print(f"{counted(missing, 'question')} of {len(last):,} not in the references with the same words: they have no score")
     unit = "questions" if task.takes_question else "images"
     print(f"{task.correctness_name:<24}{unit:>9}" + "".join(f"{name:>9} " for name in texts))
     for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:

@@ -126,7 +126,8 @@ def open_task(
     requested_precision = "fp32" if device else config.precision
     size = config.image_size or (adapter.image_size if adapter else 0)
     if not name:
-        raise AdapterError(f"{adapter.path if adapter else ''} names no base; give it: MODEL (--model), or base=… in Python")
+        named = adapter.path if adapter else ""
+        raise AdapterError(f"{named} names no base; give it: MODEL (--model; in Python: base=…, or model=… in a config)")
     with base_named_by(None if config.model else adapter), phase(f"loading {name}"):
         backbone, precision = open_backbone(
             name, device or config.device, requested_precision, config.base_dtype, fast=config.fast, image_size=size,
@@ -145,7 +146,7 @@ def require_fit(backbone: Backbone, adapter: Adapter) -> None:
     try:
         check_fit(backbone.model, adapter)
     except AdapterError as error:
-        own = ' by MODEL = "" (--model ""; in Python: base=None)' * (backbone.name != adapter.base)
+        own = ' by MODEL = "" (--model ""; in Python: without base or model)' * (backbone.name != adapter.base)
         raise AdapterError(f"{error}{own * str(error).endswith('load that base')}") from None
 
 
@@ -195,7 +196,7 @@ def task_of(
     if adapter and config and config.model and backbone.architecture not in TASKS[name].architectures:
         raise ConfigError(
             f"MODEL = {config.model!r} is a {backbone.architecture}, but the adapter {adapter.path} is for the task {name}; "
-            'to use the base of the adapter, set MODEL = "" (--model ""; in Python: base=None)'
+            'to use the base of the adapter, set MODEL = "" (--model ""; in Python: give no base or model)'
         )
     if warning := other_task_warning(name, backbone.architecture, adapter):
         print(printable(warning))

@@ -26,7 +26,7 @@ from lora_blip.lora.fit import check_fit, check_image_size, image_size_of
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
 from lora_blip.lora.model_lock import changing
 from lora_blip.lora.sites import Site, refuse_meta
-from lora_blip.lora.variants import is_rescaled, rescale
+from lora_blip.lora.variants import CLASSES, is_rescaled, rescale
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
 from lora_blip.runtime.setting_checks import check_scale
@@ -133,6 +133,10 @@ def save(
     refuse_wrapper(model, next(iter(loras.values())).site.module)
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
+        if type(lora) is not CLASSES[lora.site.variant]:  # the file would be loaded as another class
+            kind = type(lora).__name__
+            fix = "add the class to lora_blip/lora/variants.py, as CONTRIBUTING.md shows"
+            raise AdapterError(f"adapter {name!r} is of the class {kind}, and a file has only {', '.join(CLASSES)}; {fix}")
         if is_rescaled(lora):
             fix = "load it without, or write it from its run: lora-blip blend RUN=0.5 --output-dir scaled"
             raise AdapterError(f"adapter {name!r} was loaded with another scale, which a file cannot contain; {fix}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_blip.errors import AdapterError
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
-from lora_blip.lora.variants import DoRA
+from lora_blip.lora.variants import EXTRA
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
@@ -20,7 +20,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def parameters_of(address: str, lora: LoRA) -> dict[str, nn.Parameter]:
     """Return the parameters of the adapter of one linear, with their names in a file."""
     parameters = {f"{address}.lora_A": lora.A, f"{address}.lora_B": lora.B}
-    return parameters | ({f"{address}.magnitude": lora.magnitude} if isinstance(lora, DoRA) else {})
+    return parameters | {f"{address}.{name}": getattr(lora, name) for name in EXTRA.get(lora.site.variant, ())}
 
 
 def tensors_of(address: str, lora: LoRA) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def tensors_of(address: str, lora: LoRA) -> dict[str, Tensor]:
 
 def names_of(site: Site) -> list[str]:
     """Return the names of the tensors of a site."""
-    return [f"{site.address}.{part}" for part in ("lora_A", "lora_B", *["magnitude"] * (site.variant == "dora"))]
+    return [f"{site.address}.{part}" for part in ("lora_A", "lora_B", *EXTRA.get(site.variant, ()))]
 
 
 def check_keys(path: Path, sites: list[Site], file: Any) -> None:
@@ -51,6 +51,7 @@ def check_keys(path: Path, sites: list[Site], file: Any) -> None:
         tensor = file.get_slice(key)
         if key.endswith(".magnitude"):
             _check_magnitude(path, key, tensor, file.get_slice(f"{site.address}.lora_B").get_shape()[0])
+        if not key.endswith((".lora_A", ".lora_B")):
             continue
         shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")  # shape[is_b] is r: A (r, …), B (…, r)
         rows = site.rows[1] - site.rows[0] if site.rows and is_b else None

@@ -21,7 +21,7 @@ from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
 from lora_blip.lora.sites import Site, modules_of, name_of
-from lora_blip.lora.variants import CLASSES, DoRA, original_of
+from lora_blip.lora.variants import CLASSES, EXTRA, DoRA, original_of
 from lora_blip.runtime.runs import is_adapter, is_peft
 from lora_blip.runtime.untrusted import quoted
 
@@ -136,7 +136,8 @@ def share_routing(model: nn.Module) -> AdapterRouting:
     """Make all linears of a model share one routing, and return it. Parts of the model may have had their own."""
     modules = modules_of(model).values()
     stacks: list[Any] = [module.lora for module in modules if has_adapters(module)]
-    routings = list(dict.fromkeys(stack.routing for stack in stacks)) or [BARE.setdefault(model, AdapterRouting())]
+    routings = list(dict.fromkeys(stack.routing for stack in stacks if stack.routing is not None))
+    routings = routings or [BARE.setdefault(model, AdapterRouting())]
     in_block = [routing for routing in routings if routing.blocks]
     if len(in_block) > 1:
         raise LoRAError(
@@ -144,6 +145,8 @@ def share_routing(model: nn.Module) -> AdapterRouting:
         )
     routing: AdapterRouting = (in_block or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(vars(module).get(FAST, True) for module in modules)
+    for stack in stacks:
+        stack.routing = stack.routing or routing  # of a stack that the user has made, as in the docstring of `layer`
     if len(routings) > 1:  # one routing has nothing to join, and writing could undo what another thread writes
         routing.has_dora = any(each.has_dora for each in routings)
         routing.entered, routing.recorded = any(each.entered for each in routings), any(each.recorded for each in routings)
@@ -224,7 +227,7 @@ def attach(
     if values is None:
         lora = lora if device.type == where else lora.to(device)
     else:
-        for part, key in zip(("A", "B", "magnitude"), names_of(site), strict=False):
+        for part, key in zip(("A", "B", *EXTRA.get(site.variant, ())), names_of(site), strict=True):
             empty = torch.empty(getattr(lora, part).shape, dtype=torch.float32, device=device)
             setattr(lora, part, nn.Parameter(empty.copy_(values[key])))
     if isinstance(lora, DoRA):

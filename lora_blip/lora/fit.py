@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_blip.errors import AdapterError, LoRAError
-from lora_blip.lora.adapter_tensors import names_of
+from lora_blip.lora.adapter_tensors import parameters_of
 from lora_blip.lora.attached import BAKED, MERGED_FOR_GOOD, Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample
 from lora_blip.lora.sites import check_sites, is_linear, modules_of, refuse_meta, tied
+from lora_blip.lora.variants import CLASSES
 from lora_blip.runtime.untrusted import quoted
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ def check_fit(model: nn.Module, adapter: "Adapter", dropout: float = 0.0) -> Non
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):
             raise AdapterError(f"{adapter.path}: this model has no linear {quoted(site.module)}; {remedy}")
-        start, stop = site.rows or (0, linear.out_features)
-        shapes = {"lora_A": (site.r, linear.in_features), "lora_B": (stop - start, site.r), "magnitude": (stop - start,)}
-        for key in names_of(site):
+        _, stop = site.rows or (0, linear.out_features)
+        empty = CLASSES[site.variant](site, linear.in_features, linear.out_features, device="meta")
+        for key, parameter in parameters_of(site.address, empty).items():
             part = key.rpartition(".")[2]
-            saved, shape = tuple(adapter.tensors[key].shape), shapes[part]
+            saved, shape = tuple(adapter.tensors[key].shape), tuple(parameter.shape)
             if saved != shape or stop > linear.out_features:
                 message = f"{part} of {quoted(site.address)} is {saved}, and this model needs {shape}"
                 raise AdapterError(f"{adapter.path}: {message}; {remedy}")

@@ -75,6 +75,7 @@ class DoRA(LoRA):
 
 
 CLASSES: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": RsLoRA, "dora": DoRA}  # the keys are `setting_checks.VARIANTS`
+EXTRA = {"dora": ("magnitude",)}  # variant → its parameters other than A and B; a file has them by these names
 FUSED = (LoRA, RsLoRA)  # classes whose update `fused` can compute: s · B A x with a number s
 
 
@@ -99,16 +100,17 @@ def change_of(lora: LoRA, weight: Tensor) -> Tensor:
 
 
 def rescale(lora: LoRA, factor: float) -> None:
-    """Multiply the change that the trained adapter makes by a factor. 1: as trained; 0: the base."""
+    """Multiply the change that an adapter makes by a factor: 1: as trained; 0: the base. Call this once for a new adapter."""
     if isinstance(lora, DoRA):  # its scale is also in the norm, so it would not multiply the whole change
         lora.strength = factor
     else:
-        lora.scale = lora.site.scale * factor
+        lora.scale *= factor
 
 
 def is_rescaled(lora: LoRA) -> bool:
-    """Return True if `rescale` has changed the adapter."""
-    return lora.scale != lora.site.scale or (isinstance(lora, DoRA) and lora.strength != 1)
+    """Return True if the adapter has another scale than a new one of its site, for example by `rescale`."""
+    new = type(lora)(lora.site, 1, len(lora.B) + sum(lora.padding), device="meta")
+    return lora.scale != new.scale or (isinstance(lora, DoRA) and lora.strength != 1)
 
 
 def original_of(linear: Any) -> Tensor:

@@ -133,7 +133,7 @@ def _cached(repository: str, name: str, reason: str) -> str:
     raise ModelError(
         f"{reason}, {no_folder(name)}, and the cache has no complete copy of this model ({root}). "
         f"Download it on a machine with a network: {download_command(repository, revision, 'base')}. Then copy the folder "
-        'here, and give its path: MODEL = "base" (--model base; in Python: base="base")'
+        'here, and give its path: MODEL = "base" (--model base; in Python: base="base", or model="base" in a config)'
     ) from None
 
 

@@ -87,7 +87,8 @@ def check(config: Any) -> None:
             if isinstance(value, str) and (written := _without_quotes(value, entry.type)):
                 raise ConfigError(f"{entry.name} = {value!r} is a text; write it without quotes: {written}")
             expected = KINDS.get(type(entry.default), type(entry.default).__name__)
-            raise ConfigError(f"{entry.name} = {value!r}: expected {expected}")
+            meaning = f": {entry.metadata['doc']}" * (entry.type is str and bool(entry.metadata.get("doc")))
+            raise ConfigError(f"{entry.name} = {value!r}: expected {expected}{meaning}")
         if isinstance(value, str):
             if entry.metadata.get("path") and value.startswith(("~", "$")):
                 value = ",".join(os.path.expandvars(os.path.expanduser(part)) for part in value.split(","))  # noqa: PTH111

@@ -51,6 +51,8 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
         training, validation = split_by_column(config, lines_by_split, len(examples), groups)
         task.prepare_data([*training, *validation])
     else:
+        if warning := splits.trained_test_folders([example.name for example in examples]):
+            print(printable(warning))
         task.prepare_data(examples)
         training, validation = split(config, examples, groups)
     # spread the lines of an image over the batches, because lines of one image cannot be negatives of each other

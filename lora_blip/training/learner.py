@@ -250,7 +250,7 @@ def adapter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, 
     parts: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "magnitude": []}
     for key, parameter in parameters.items():
         part = key.rpartition(".")[2]
-        parts["lora_A" if part == "lora_B" and lr_ratio == 1 else part].append(parameter)
+        parts.setdefault("lora_A" if part == "lora_B" and lr_ratio == 1 else part, []).append(parameter)
     decays, factors = {"magnitude": 0.0}, {"lora_B": lr_ratio}
     return [
         {"params": own, "weight_decay": decays.get(part, weight_decay), "lr_factor": factors.get(part, 1.0)}

@@ -15,6 +15,7 @@ from lora_blip.config import EvaluateConfig, TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.prepare import detection
 from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.data.splits import trained_test_folders
 from lora_blip.errors import DataError
 from lora_blip.evaluation import comparison
 from lora_blip.evaluation.leak_search import search_leaks
@@ -368,6 +369,30 @@ def test_the_next_command_keeps_the_validation_file_if_only_train_is_wanted(tmp_
     for number, (splits, expected) in enumerate((("1", False), ("0.5,0,0.5", True))):
         prepare(PrepareConfig(source="a.csv", output_dir=f"out{number}", splits=splits))
         assert ("--val-annotations ''" in capsys.readouterr().out) == expected
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_folder_test_without_a_folder_train_is_a_warning(tmp_path, make, capsys, table):
+    """Before, its images were for training without a line. A source of only such folders is the choice of the user."""
+    for folder in ("lunes", "test"):
+        (tmp_path / "a" / folder).mkdir(parents=True)
+        photos(tmp_path / "a" / folder, *(f"{n}.png" for n in range(4)))
+        for number in range(4):
+            (tmp_path / "a" / folder / f"{number}.txt").write_text(f"a {number}")
+    rows = "".join(f"{folder}/{n}.png,a {n}\n" for folder in ("lunes", "test") for n in range(4))
+    (tmp_path / "a" / "x.csv").write_text(f"image,text\n{rows}")
+    source = tmp_path / "a" / "x.csv" if table else tmp_path / "a"
+    if not table:
+        (tmp_path / "a" / "x.csv").unlink()
+    config = TrainConfig(annotations=str(source), val_fraction=0.2)
+    lines = read_examples(config, CaptionTask(make("blip")))
+    assert len(lines.training) + len(lines.validation) == 8
+    warning = "warning: 4 lines of 8 with an image in a folder that is named as a split, such as 'test/"
+    assert warning in capsys.readouterr().out
+    prepare(PrepareConfig(str(source), output_dir=str(tmp_path / "out")))
+    assert warning in capsys.readouterr().out
+    assert not trained_test_folders(["test/1.png", "test/2.png"]) and not trained_test_folders(["a/1.png", "2.png"])
+    assert not trained_test_folders(["train/1.png", "test/2.png"])
 
 
 def test_the_next_command_of_prepare_trains_on_questions(tmp_path, capsys, monkeypatch):

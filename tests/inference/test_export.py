@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lora_blip
-from lora_blip import cli
+from lora_blip import InferConfig, cli
 from lora_blip.errors import ConfigError, ModelError, OutputError
 from lora_blip.inference import export_check, exported_folder
 from lora_blip.inference.export import ExportConfig, check_paths, export
 from lora_blip.models.loading import load_backbone
+from tests.support import tiny
 from tests.support.models import WHOLE, inject
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,6 +263,12 @@ def test_a_moved_base_is_an_error_that_names_the_flag(checkpoints, tmp_path, mon
     with pytest.raises(ModelError, match=r"trained on 'mybase'; if this base was moved, give its new path: --model PATH"):
         exported(adapter, tmp_path / "out")
     assert exported(adapter, tmp_path / "out", model="moved").is_dir()
+    (photo,) = (tiny.write_photos(tmp_path, 1).parent / "photos").iterdir()
+    config = InferConfig(adapter=str(adapter), images=str(photo), device="cpu")  # before, only `base` was named, which it lacks
+    with pytest.raises(ModelError, match=r"base=PATH, or model=PATH in a config"):
+        lora_blip.infer(config)
+    assert lora_blip.infer(replace(config, model="moved")).is_file()
+    assert lora_blip.Captioner.from_adapter(adapter, base="moved", device="cpu")(photo).text is not None
 
 
 def test_nothing_is_overwritten(folders, tmp_path):

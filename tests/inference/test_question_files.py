@@ -9,6 +9,7 @@ import pytest
 
 import lora_blip
 from lora_blip import InferConfig
+from lora_blip.data import annotations
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_sources import ImageSource
 from lora_blip.data.question_files import read_questions
@@ -96,6 +97,31 @@ def test_texts_that_are_questions_are_named(kind):
     with pytest.raises(DataError, match=r"no line has a question; if its texts are the questions: --question-key text$"):
         read_questions(name, "", NO_KEYS, has_references=False)
     assert read_questions(name, "", Keys(question="text"), has_references=False)[0].question == ASKED
+
+
+def test_a_question_with_other_words_has_no_score_with_the_reason(checkpoints, capsys):
+    """Before, the message was that the references have no answers."""
+    references = write("r.csv", "image;question;answer", f"photos/0.png;{ASKED}?;red", f"photos/1.png;{ASKED};red")
+    settings = {"adapter": "none", "model": str(checkpoints["vqa"]), "device": "cpu", "references": references}
+    lora_blip.infer(InferConfig(images="photos/0.png", question=ASKED, **settings))
+    reason = f"the references have other questions, such as '{ASKED}?', and not '{ASKED}'; ask with the same words\n"
+    assert f"no score: {reason}" in capsys.readouterr().out
+    lora_blip.infer(InferConfig(images="photos", question=ASKED, **settings))
+    printed = capsys.readouterr().out
+    assert "1 question of 2 not in the references with the same words: they have no score\n" in printed
+    settings["model"] = str(checkpoints["blip"])
+    lora_blip.infer(InferConfig(images="photos", **settings))
+    assert "no score: the references are questions with answers, and the task needs texts; give" in capsys.readouterr().out
+
+
+def test_several_answers_in_one_text_of_json(tmp_path):
+    """As in a table. Before, they were one answer, and every prediction was wrong."""
+    line = {"image": "photos/0.png", "question": ASKED, "answer": "blue| dark blue|blue"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
+    (example,), _ = annotations.read("r.jsonl")
+    assert example.answers == ("blue", "dark blue", "blue")
+    (tmp_path / "r.jsonl").write_text(json.dumps(line | {"answer": ["a|b"]}) + "\n")
+    assert annotations.read("r.jsonl")[0][0].answers == ("a|b",)
 
 
 @pytest.mark.parametrize("setting", ["references", "question"])

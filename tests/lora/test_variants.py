@@ -4,25 +4,27 @@ import json
 import pickle
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import safetensors
 import torch
 from torch import nn
 
+import lora_blip
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import Slot
 from lora_blip.errors import AdapterError, ConfigError, LoRAError
 from lora_blip.inference.setup import work_of
 from lora_blip.inspection.description import describe
-from lora_blip.lora import adapter_file, attached, header, injection, merging, targets
-from lora_blip.lora.layer import AdapterStack, lora_hook
+from lora_blip.lora import adapter_file, attached, header, injection, merging, sites, targets
+from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.lora.sites import Site
-from lora_blip.lora.variants import CLASSES, DoRA
+from lora_blip.lora.variants import CLASSES, EXTRA, DoRA
 from lora_blip.runtime.setting_checks import VARIANTS
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.training.learner import Learner
+from lora_blip.training.learner import Learner, adapter_groups
 from lora_blip.training.loop import accumulate_gradients, train, update_parameters
 from tests.lora.test_adapter_file import rewrite
 from tests.support.kill import killed_at
@@ -372,3 +374,102 @@ def test_inference_and_inspect_name_the_ratio_of_lora_plus(make, tmp_path):
     adapter = adapter_file.read(rewrite(path, header={"training": training}))
     assert work_of(adapter) == "3 steps, dora, LR_RATIO = 16"
     assert describe(adapter)["training"] == "3 steps, LR_RATIO = 16"
+
+
+class Diagonal(LoRA):
+    """ΔW = (alpha / r) · B diag(d) A."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.d = nn.Parameter(torch.ones(len(self.A), device=self.A.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.A) * self.d, self.B) * self.scale
+
+    def delta_weight(self, rows: slice | None = None) -> torch.Tensor:
+        delta = (self.B * self.d) @ self.A * self.scale
+        return delta if rows is None else delta[rows]
+
+
+def test_a_variant_with_a_parameter_of_its_own_needs_two_entries(make, monkeypatch, tmp_path):
+    """As CONTRIBUTING.md says: a class and the name of its parameter. Before, three more files had the names of DoRA's."""
+    for module in (sites, header):
+        monkeypatch.setattr(module, "VARIANTS", (*VARIANTS, "diagonal"))
+    monkeypatch.setitem(CLASSES, "diagonal", Diagonal)
+    monkeypatch.setitem(EXTRA, "diagonal", ("d",))
+    backbone = make("blip")
+    loras = injection.inject(backbone, "vit,text", r=2, variant="diagonal")
+    for lora in loras.values():
+        for parameter in lora.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    groups = adapter_groups({f"{address}.d": lora.d for address, lora in loras.items()}, 0.1, 1.0)
+    assert sum(len(group["params"]) for group in groups) == len(loras)
+    expected, path = logits_of(backbone), tmp_path / "a.safetensors"
+    adapter_file.save(path, backbone)
+    injection.eject(backbone)
+    assert not torch.equal(logits_of(backbone), expected)
+    adapter_file.load(backbone, path)
+    assert torch.equal(logits_of(backbone), expected)
+    merging.merge(backbone)
+    assert torch.allclose(logits_of(backbone), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_own_class_of_adapter_is_not_saved_as_another_one(make, tmp_path):
+    """Before, the file left out the parameter d, and the loaded adapter computed something else without a message."""
+    backbone = make("blip")
+    for lora in injection.inject(backbone, "vit").values():
+        lora.__class__ = Diagonal
+        lora.d = nn.Parameter(torch.ones(len(lora.A)))
+        nn.init.normal_(lora.B)
+    with pytest.raises(
+        AdapterError, match=r"is of the class Diagonal, and a file has only lora, rslora, dora; add the class to"
+    ):
+        adapter_file.save(tmp_path / "a.safetensors", backbone)
+
+
+def test_an_edit_of_the_scale_in_lora_itself_is_saved(make, monkeypatch, tmp_path):
+    """Before, the training ended with an error that the adapter was loaded with another scale. A scale set later is refused."""
+    start = LoRA.__init__
+
+    def edited(self: LoRA, site: Site, *args: Any, **options: Any) -> None:
+        start(self, site, *args, **options)
+        self.scale = site.alpha / site.r**0.5
+
+    monkeypatch.setattr(LoRA, "__init__", edited)
+    backbone = make("blip")
+    loras = injection.inject(backbone, "vit")
+    for lora in loras.values():
+        nn.init.normal_(lora.B, std=0.01)
+    expected = logits_of(backbone)
+    adapter_file.save(tmp_path / "a.safetensors", backbone)
+    injection.eject(backbone)
+    adapter_file.load(backbone, tmp_path / "a.safetensors")
+    assert torch.equal(logits_of(backbone), expected)
+    next(iter(attached.adapters(attached.model_of(backbone)).values())).scale *= 0.5
+    with pytest.raises(AdapterError, match="another scale"):
+        adapter_file.save(tmp_path / "b.safetensors", backbone)
+
+
+@pytest.mark.parametrize("call", ["merge", "restore", "bake", "eject", "disable_adapters", "use_adapters", "inject"])
+def test_the_three_lines_of_the_docstring_of_layer_make_an_adapter_for_every_function(make, call):
+    """Before, all of these ended in an AttributeError: only `inject` gave the stack a routing."""
+    backbone = make("blip")
+    linear = backbone.model.get_submodule("vision_model.encoder.layers.0.mlp.fc1")
+    linear.lora = AdapterStack()
+    linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
+    linear.register_forward_hook(lora_hook, with_kwargs=True)
+    nn.init.normal_(linear.lora["default"].B, std=0.01)
+    hooked = logits_of(backbone)
+    result = getattr(lora_blip, call)(
+        backbone,
+        *{"use_adapters": ["default"], "inject": ["text"]}.get(call, []),
+        **({"name": "second"} if call == "inject" else {}),
+    )
+    if call in ("disable_adapters", "use_adapters"):
+        with result:
+            inside = logits_of(backbone)
+        assert torch.equal(inside, hooked) == (call == "use_adapters")
+    elif call == "eject":
+        assert not torch.equal(logits_of(backbone), hooked)
+    else:
+        assert torch.allclose(logits_of(backbone), hooked, rtol=1e-4, atol=1e-4)

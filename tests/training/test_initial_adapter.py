@@ -175,7 +175,7 @@ def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoin
 
 
 def test_another_base_at_inference_gives_the_setting_that_uses_the_base_of_the_adapter(first, checkpoints):
-    with pytest.raises(AdapterError, match=r'load that base by MODEL = "" \(--model ""; in Python: base=None\)$'):
+    with pytest.raises(AdapterError, match=r'load that base by MODEL = "" \(--model ""; in Python: without base or model\)$'):
         Captioner.from_adapter(first[1], base=str(checkpoints["opt"]), device="cpu")
 
 

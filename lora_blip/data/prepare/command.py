@@ -21,6 +21,7 @@ from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.prepare.split_names import with_splits_of_folders
 from lora_blip.data.several_files import of_several_files
+from lora_blip.data.splits import trained_test_folders
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.counts import counted
@@ -115,11 +116,9 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     print(printable(f"reading {config.source} …"), flush=True)
     data = PreparedData(f"{output.absolute()}{os.sep}", groups=Groups(config.group_by))
     keys = keys_of(config)
-    sources = find_sources(config.source, config.format, keys, config.template)
-    for source in sources:
+    for source in (sources := find_sources(config.source, config.format, keys, config.template)):
         folder = Folder(source.image_root(config.images))
-        # the lambda is called only inside this block
-        name = lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"  # noqa: E731
+        name = lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"  # noqa: E731 (called in this block)
         with phase(name), of_several_files(keys, len(sources) > 1):
             read_source(source, folder, data)
     if data.rows:
@@ -132,6 +131,8 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
         data.groups.note_unused(reason)
         if split_fractions(config.splits) != split_fractions(DEFAULT_SPLITS):
             print(printable(f"splits = {config.splits!r} has no effect: {reason}"))
+    elif config.own_splits and (warning := trained_test_folders([data.names[row.image.identity] for row in data.rows])):
+        print(printable(warning))
     split_of_image = split_of_image or random_splits(data, config.splits, config.seed)
     rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
     with phase(f"writing {counted(len(data.rows), 'line')} to {output}"):

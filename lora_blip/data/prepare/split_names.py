@@ -1,11 +1,11 @@
 """Find the split in the names of files and folders, such as captions_train.json or test/annotations.jsonl."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Entry, Located, first_key, folder_splits
+from lora_blip.data.entries import IMAGE_KEYS, PATH_PARTS, SPLITS, Entry, Located, first_key
 
 Row = TypeVar("Row", bound=Any)
 HELD_OUT = re.compile(r"val|test|dev|eval", re.IGNORECASE)  # in the name of a file that may not be for training
@@ -65,6 +65,22 @@ def _own_splits(files: list[Path]) -> dict[Path, str]:
     splits = {path: SPLITS[match[1].lower()] if match else "" for path, match in found.items()}
     named = set(splits.values()) - {""}
     return splits if "train" in named and len(named) > 1 else {}
+
+
+def split_of_folders(name: str) -> str:
+    """Return the split that the innermost folder train, val or test of an image path names, or ""."""
+    folders = PATH_PARTS.split(name)[-2::-1]
+    return next((SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS), "")
+
+
+def folder_splits(names: Sequence[str]) -> list[str]:
+    """Return the split of each image path by its folders, or "" for a path without one.
+
+    Return [] if the folders are no splits: fewer than half of the paths have one, or none is for training, or no other exists.
+    """
+    found = list(map(split_of_folders, names))
+    kinds = set(found) - {""}
+    return found if "train" in kinds and len(kinds) > 1 and 2 * sum(map(bool, found)) >= len(found) else []
 
 
 def with_folder_splits(entries: Iterable[Located]) -> Iterator[Located]:
