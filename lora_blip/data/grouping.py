@@ -1,5 +1,6 @@
 """Keep images that belong together in one part of a split: those of a group, such as a video, and those with equal bytes."""
 
+import difflib
 import hashlib
 import os
 import re
@@ -13,6 +14,7 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import sha256_of
 from lora_blip.runtime.regex_limit import LimitedRegex
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
 
 FOLDER = "folder"
@@ -92,10 +94,13 @@ class Groups:
             example = f"such as {quoted(self.example)}"
             raise DataError(f"group_by = {self.group_by!r}: the regex matches no image path, {example}; change it (--group-by)")
         columns = ", ".join(quoted(column) for column in list(self.columns)[:SHOWN])
+        near = difflib.get_close_matches(self.group_by.casefold(), {str(each).casefold() for each in self.columns}, 1)
+        meant = next((str(each) for each in self.columns if [str(each).casefold()] == near), "")
+        did = f"did you mean --group-by {quoted_for_shell(meant)}? Otherwise " if meant else ""
         by_folder = "the folders of the images (--group-by folder), " * (len(set(self.folders.values())) > 1)
         raise DataError(
             f"group_by = {self.group_by!r}: no line has a value in this column; the columns of the first line are {columns}; "
-            f'give one of them, {by_folder}or a regex of the path (--group-by "(video\\d+)"). Without groups: --group-by ""'
+            f'{did}give one of them, {by_folder}or a regex of the path (--group-by "(video\\d+)"). For no groups: --group-by ""'
         )
 
 

@@ -50,7 +50,10 @@ def score_line(folder: Path, best: Best, start: str = "base", images: int = 2) -
     base = base_score(folder / METRICS_NAME, best.by) if start else None
     line = f"validation {score_name(best.by)}: " + (f"{start} {score_value(best.by, base)}, " if base is not None else "")
     if not best.step:
-        return f"{line}{'and ' * (base is not None)}no later validation was better than that of the {start or 'resumed run'}"
+        return (
+            f"{line}{'and ' * (base is not None)}no later validation was better than that of the {start or 'resumed run'}; "
+            f"{ADAPTER_NAME} has the last weights"
+        )
     line += f"best adapter {score_value(best.by, value)}, after step {best.step}: {printable(folder / BEST_NAME)}"
     if best.by in FRACTIONS and base is not None and min(value, base) >= 1:
         return f"{line}\nthe {score_name(best.by)} of the {start} is already the best possible; this step has the lowest loss"

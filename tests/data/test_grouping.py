@@ -205,6 +205,16 @@ def test_images_without_a_group_are_counted(tmp_path, capsys):
     )
 
 
+def test_a_misspelled_group_column_has_a_fix(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    source = tmp_path / "lines.jsonl"
+    source.write_text(json.dumps({"image": "1.png", "text": "a", "Día": "lunes"}) + "\n")
+    with pytest.raises(DataError, match=r"did you mean --group-by 'Día'\? Otherwise give one of them"):
+        groups = Groups("Dia")
+        annotations.read(source, groups=groups)
+        groups.require_found()
+
+
 @pytest.mark.parametrize("folders", [1, 2])
 def test_a_group_column_without_values_suggests_folders_only_if_there_are_several(tmp_path, folders):
     lines = [{"image": f"f{number % folders}/{number}.png", "text": f"text {number}"} for number in range(4)]
