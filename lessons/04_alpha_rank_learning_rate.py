@@ -102,8 +102,8 @@ for optimizer_class, options in ((torch.optim.SGD, {}), (torch.optim.Adam, {"eps
 # The gain of SGD is η s² ‖G A₀ᵀ‖². ‖G A₀ᵀ‖² is a sum over the r rows of A₀, and each row adds ‖G‖²/(3k) on average. So the gain
 # grows like s² r. The gain of Adam is η s times the sum of |G A₀ᵀ| over all d·r entries. So it grows like s r.
 #
-# ΔW is a sum of r parts, one for each row of A₀. For r much smaller than k, these random rows are nearly orthogonal, and so
-# are the parts. Then their squared norms add, and the norm grows like s² √r (SGD) and s √r (Adam). With s = α/r and s = α/√r this predicts powers of r:
+# ΔW is a sum of r parts, one for each row of A₀. If r is much smaller than k, these random rows are nearly orthogonal, so
+# the parts are nearly orthogonal too. Then their squared norms add, and the norm grows like s² √r (SGD) and s √r (Adam). With s = α/r and s = α/√r this predicts powers of r:
 #
 # | first update | norm, α/r | norm, α/√r | gain, α/r | gain, α/√r |
 # |---|---|---|---|---|

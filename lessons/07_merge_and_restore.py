@@ -114,8 +114,8 @@ assert lost["bf16"][0] < 0.02 and lost["bf16"][-1] > 0.8 and lost["fp16"][-1] > 
 #
 # A library that keeps only W' and ΔW can undo a merge only by subtracting: W'' = round(W' − ΔW). (`peft` 0.21.2 rounds ΔW to
 # the dtype of the weight first.) But W' contains the rounding error of W₀ + ΔW, and the subtraction does not remove it. If
-# this error is larger than half a gap at W₀, W'' differs from W₀. That is possible if |W'| is larger than |W₀|, because the gap between
-# neighbours is then larger at W' than at W₀. This happens in some elements, in float32 too. Each cycle with
+# this error is larger than half the gap between W₀ and the next number, W'' differs from W₀. This is possible if |W'| is larger than |W₀|,
+# because the gaps between larger numbers are larger. It happens in some elements, in float32 too. Each cycle with
 # another adapter adds more errors. We imitate 20 different adapters of the same size: each has the rows of ΔW in another random
 # order.
 

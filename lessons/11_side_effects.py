@@ -139,8 +139,8 @@ for run in RUNS:
 # - The other words remain right. Given the correct nouns, more than 90 % of the captions of flat shapes have all other words right.
 #   So the model still sees the colours and the positions.
 # - Full fine-tuning forgets too. In each run, we look only at the measured steps with at least 85 % of the cubes right. The best
-#   step of the run is the one among them with the most flat shapes right. A run without such a step is left out. At its best
-#   step, every run of full fine-tuning keeps more flat shapes than every run of LoRA at its own. (The test
+#   step of the run is the one among them with the most flat shapes right. A run without such a step is left out. We
+#   compare the runs at their best steps: every run of full fine-tuning keeps more flat shapes than every run of LoRA. (The test
 #   images choose this step, for both methods in the same way.) But these steps are not equally good on the cubes: with only five measured steps, their
 #   scores can be anything from 85 % to 100 %. The result also depends on the learning rates, and we tried only a few.
 #   This result is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). Shuttleworth
