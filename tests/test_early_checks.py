@@ -14,7 +14,7 @@ import lora_blip
 from lora_blip.cli import main
 from lora_blip.config import InferConfig, TrainConfig
 from lora_blip.data import annotations
-from lora_blip.data.annotations import refuse_unknown_columns
+from lora_blip.data.column_check import refuse_unknown_columns
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.several_files import of_several_files
 from lora_blip.errors import DataError, LoraBlipError

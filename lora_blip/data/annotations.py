@@ -8,7 +8,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,13 @@ from lora_blip.data import columns
 from lora_blip.data.decoding import undecodable
 from lora_blip.data.entries import KeyFault, LeftOut, Located, Location, SomeLinesError, in_all_lines, in_this_line
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder, Lines, many_objects
-from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
+from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images, same_names, used_root
 from lora_blip.data.image_roots import none_found
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
-from lora_blip.data.several_files import of_several_files
+from lora_blip.data.several_files import of_several_files, refuse_unknown_keys
 from lora_blip.data.splits import Part, of_one_split
 from lora_blip.data.summary import LISTED, ReadLines, listing, one_problem
 from lora_blip.errors import DataError, ImageError
@@ -36,7 +36,6 @@ from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
 TABLES = (".csv", ".tsv", ".xlsx")
-SMALL = 2**26  # bytes of a table whose columns are checked before torch is imported; the encoding of all lines is read for it
 MANY_MISSING = 3  # if all images are missing: smallest number of images for which one error replaces the list
 SKIP = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
@@ -173,27 +172,6 @@ def sources_of(
     return [(one.path, one.root, one.split_entries if with_splits else one.entries, one.describe) for one in sources]
 
 
-def check_columns(config: Any, *settings: str) -> None:
-    """Call `refuse_unknown_columns` for the files in these settings of a command."""
-    for setting in settings:
-        if source := getattr(config, setting):
-            with of_several_files(keys_of(config), setting == "val_annotations"):
-                refuse_unknown_columns(source, keys_of(config), setting)
-
-
-def refuse_unknown_columns(source: str | Path, keys: Keys, setting: str = "annotations") -> None:
-    """Raise the error of `read` for a table without known columns. Read only its first lines, and no image.
-
-    A command calls this before it imports torch, which takes seconds.
-    """
-    path = Path(source)
-    if path.suffix.lower() not in TABLES or not path.is_file() or path.stat().st_size > SMALL:
-        return
-    with suppress(OSError):  # `read` names the problem
-        for _, _, entries, _ in sources_of(path, keys, setting, use_splits=False):
-            next(iter(entries()), None)
-
-
 def _parts(
     source: Path, image_root: str | Path, keys: Keys, groups: Groups | None, setting: str, use_splits: bool,
     report: Callable[[str], object],
@@ -205,6 +183,8 @@ def _parts(
         read = entries if groups is None else partial(observed, entries, builder.group_entries, groups)
         with of_several_files(keys) if len(files) > 1 else nullcontext():
             lines = _parsed(path, read, builder, report)
+            if len(files) > 1:
+                refuse_unknown_keys(path, [line for line in lines if not isinstance(line, Example)], len(lines))
         yield builder, lines, describe
 
 

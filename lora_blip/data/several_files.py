@@ -5,14 +5,16 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from lora_blip.data.columns import COMMON, flag_of, key_flag
-from lora_blip.data.entries import SomeLinesError
+from lora_blip.data.entries import KeyFault, Location, SomeLinesError, in_all_lines
 from lora_blip.data.formats import Keys
 from lora_blip.data.several_texts import numbered_of
 from lora_blip.errors import DataError
+from lora_blip.runtime.untrusted import printable
 
 SEPARATOR = "|"
 USUAL = {"image": "image", "text": "text", "question": "question", "answers": "answer"}  # our key → what stands for usual names
@@ -64,6 +66,16 @@ def of_several_files(keys: Keys, several: bool = True) -> Iterator[None]:
         if not several or not FIX.search(str(error)):
             raise
         raise DataError(FIX.sub(lambda fix: _added(fix, keys), str(error)) + EXPLAINED) from None
+
+
+def refuse_unknown_keys(source: Path, faults: Sequence[tuple[Location, str]], lines: int) -> None:
+    """Raise DataError if all lines of one of several files lack the known keys: the other files would be used without it.
+
+    faults: the invalid lines, with their reasons. lines: the number of all lines.
+    """
+    if faults and len(faults) == lines and all(isinstance(reason, KeyFault) for _, reason in faults):
+        at, reason = faults[0]
+        raise DataError(printable(f"{source}:{at}: {in_all_lines(reason)} (all lines of this file)"))
 
 
 def _added(fix: re.Match[str], keys: Keys) -> str:

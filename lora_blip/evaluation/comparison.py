@@ -9,9 +9,11 @@ from typing import Any
 
 from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
+from lora_blip.data.column_check import two_files
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.leaks import leak_warning
+from lora_blip.data.several_files import of_several_files
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import outputs
 from lora_blip.evaluation.leak_search import LeakSearch, search_leaks
@@ -121,7 +123,8 @@ def read_references(config: EvaluateConfig, task: PredictionTask, adapter: Adapt
     Print a table of what was read, and the split that is scored.
     """
     require_folder("image_root", config.image_root)
-    with phase(f"reading {config.references}"), other_task_named(config, adapter):
+    several = of_several_files(keys_of(config), two_files(config))
+    with phase(f"reading {config.references}"), other_task_named(config, adapter), several:
         examples, _ = annotations.read(
             config.references,
             config.image_root,

@@ -9,7 +9,7 @@ from lora_blip.runtime.user_paths import is_file, require_annotations, require_f
 
 def check_inference(config: InferConfig) -> None:
     """Raise the error that `infer` would raise if a path of its settings does not exist or cannot be written."""
-    from lora_blip.data.annotations import check_columns  # late: both import PIL, which --help does not need
+    from lora_blip.data.column_check import check_columns  # late: both import PIL, which --help does not need
     from lora_blip.data.image_sources import ImageSource
 
     require_folder("image_root", config.image_root)
@@ -25,7 +25,7 @@ def check_inference(config: InferConfig) -> None:
 
 def check_evaluation(config: EvaluateConfig) -> None:
     """Raise the error that `evaluate` would raise if a path of its settings does not exist or cannot be written."""
-    from lora_blip.data.annotations import check_columns  # late: it imports PIL, which --help does not need
+    from lora_blip.data.column_check import check_columns  # late: it imports PIL, which --help does not need
 
     check_model(config.model, config.adapter)
     refuse_unwritable(config.output_dir or str(runs.RUNS))

@@ -118,7 +118,10 @@ def _why_no_score(
         return f"the references have other questions, such as {every[0].question!r}, and not {asked!r}; ask with the same words"
     if not task.takes_question and all(example.question for example in every):
         return "the references are questions with answers, and the task needs texts; give an adapter that answers questions"
-    kind = 'answers to these questions; add "answers"' if task.takes_question else 'texts of these images; add "text"'
+    if task.takes_question:
+        fix = 'name their column or key, --answer-key COLUMN, or add "answers"'
+        return f"the references contain no answers to these questions; {fix}"
+    kind = 'texts of these images; add "text"'
     return f"the references contain no {kind} to their lines in the file of REFERENCES (--references)"
 
 

@@ -12,6 +12,7 @@ from lora_blip.data.formats import ESCAPED, NO_KEYS, Keys, open_text, table_enco
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.image_sources import ImageSource
 from lora_blip.data.question_files import read_questions
+from lora_blip.data.several_files import of_several_files
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.runtime.counts import counted
@@ -178,12 +179,12 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
 
 def read_references(
     source: str, root: str, images: Iterable[Example], keys: Keys = NO_KEYS, setting: str = "references",
-    has_references: bool = False,
+    has_references: bool = False, has_questions: bool = False,
 ) -> dict[Path, list[Example]]:  # fmt: skip
     """Return {image: its lines in an annotations file}, without images that have no line. Raise DataError if none has a line.
 
-    setting: the setting that gives the file, "references" or "question". has_references: whether `keys` names the columns of
-    another file too. The memory grows with the file, not with the number of images.
+    setting: the setting that gives the file, "references" or "question". has_references, has_questions: whether `keys` names
+    the columns of the other file too. The memory grows with the file, not with the number of images.
     """
     if not source:
         return {}
@@ -192,7 +193,8 @@ def read_references(
         if setting == "question":
             examples = read_questions(source, root, keys, has_references)
         else:
-            examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
+            with of_several_files(keys, has_questions):
+                examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
     with phase(lambda: f"comparing the paths in {source} with the images: {counted(compared, 'image')}"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.data.column_check import two_files
 from lora_blip.data.example import Example
 from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource, open_example
@@ -58,7 +59,8 @@ class Inputs:
 def read_inputs(config: InferConfig) -> Inputs:
     """Read the image paths, the references, the texts and the adapter. Raise LoraBlipError if one cannot be read."""
     images = ImageSource(config.images, config.image_root)
-    references = read_references(config.references, config.image_root, images, keys_of(config))
+    has_questions = two_files(config)
+    references = read_references(config.references, config.image_root, images, keys_of(config), has_questions=has_questions)
     return Inputs(
         images,
         references,
@@ -144,7 +146,7 @@ def open_task(
 def require_fit(backbone: Backbone, adapter: Adapter) -> None:
     """Raise AdapterError if the adapter was trained on another base. The message gives the setting that loads that base."""
     try:
-        check_fit(backbone.model, adapter)
+        check_fit(backbone, adapter)
     except AdapterError as error:
         own = ' by MODEL = "" (--model ""; in Python: without base or model)' * (backbone.name != adapter.base)
         raise AdapterError(f"{error}{own * str(error).endswith('load that base')}") from None

@@ -24,6 +24,7 @@ from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import digest_of, dtype_note, samples, weights_dtype
 from lora_blip.lora.fit import check_fit, check_image_size, image_size_of
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
+from lora_blip.lora.layer import LoRA
 from lora_blip.lora.model_lock import changing
 from lora_blip.lora.sites import Site, refuse_meta
 from lora_blip.lora.variants import CLASSES, is_rescaled, rescale
@@ -106,6 +107,17 @@ def no_such_adapter(model: nn.Module, name: str) -> AdapterError:
     return AdapterError(f"the model has no adapter {quoted(name)}; {fix}")
 
 
+def refuse_unknown(name: str, lora: LoRA) -> None:
+    """Raise AdapterError if a file cannot contain what an adapter computes: it is of an own class, or has another scale."""
+    if type(lora) is not CLASSES[lora.site.variant]:
+        kind = type(lora).__name__
+        fix = "add the class to lora_blip/lora/variants.py, as CONTRIBUTING.md shows"
+        raise AdapterError(f"adapter {name!r} is of the class {kind}, and a file has only {', '.join(CLASSES)}; {fix}")
+    if is_rescaled(lora):
+        fix = "load it without, or write it from its run: lora-blip blend RUN=0.5 --output-dir scaled"
+        raise AdapterError(f"adapter {name!r} was loaded with another scale, which a file cannot contain; {fix}")
+
+
 def save(
     path: str | Path,
     backbone: Loaded | nn.Module,
@@ -133,13 +145,7 @@ def save(
     refuse_wrapper(model, next(iter(loras.values())).site.module)
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
-        if type(lora) is not CLASSES[lora.site.variant]:  # the file would be loaded as another class
-            kind = type(lora).__name__
-            fix = "add the class to lora_blip/lora/variants.py, as CONTRIBUTING.md shows"
-            raise AdapterError(f"adapter {name!r} is of the class {kind}, and a file has only {', '.join(CLASSES)}; {fix}")
-        if is_rescaled(lora):
-            fix = "load it without, or write it from its run: lora-blip blend RUN=0.5 --output-dir scaled"
-            raise AdapterError(f"adapter {name!r} was loaded with another scale, which a file cannot contain; {fix}")
+        refuse_unknown(name, lora)
     tensors = {key: value for address, lora in loras.items() for key, value in tensors_of(address, lora).items()}
     check_values(path, tensors, [lora.site for lora in loras.values()])
     base_samples = samples(model, loras.values(), backbone.samples if isinstance(backbone, Loaded) else None)
@@ -280,7 +286,7 @@ def put(backbone: Loaded | nn.Module, adapter: Adapter, name: str, dormant: bool
     if name in attached.names(model):
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
     try:
-        check_fit(model, adapter, dropout)
+        check_fit(backbone, adapter, dropout)
     except AdapterError as error:
         fix = f": lora_blip.load_backbone({adapter.base!r}); or give the path of another run"
         fix *= str(error).endswith("load that base")

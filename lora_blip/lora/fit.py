@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from lora_blip.lora.adapter_file import Adapter
 
 
-def check_fit(model: nn.Module, adapter: "Adapter", dropout: float = 0.0) -> None:
+def check_fit(backbone: Loaded | nn.Module, adapter: "Adapter", dropout: float = 0.0) -> None:
     """Raise AdapterError if a module is missing, has another shape, or has other weights than the base of the training."""
+    model = model_of(backbone)
     modules = modules_of(model)
     remedy = (
         f"the adapter was trained on {quoted(adapter.base)}; load that base" if adapter.base else "load the base of the adapter"
     )
+    if adapter.base and adapter.base == getattr(backbone, "name", "") and not vars(model).get(BAKED):
+        remedy = (
+            f"the adapter was trained on {quoted(adapter.base)}, which has changed since; load it again. If this does not "
+            "help, its files have changed: give a copy of the old ones, or train the adapter again"
+        )
     if adapter.metadata["base"].get("baked"):
         remedy = (
             f"it was trained on {quoted(adapter.base)} after another adapter had been merged permanently into it; first merge "

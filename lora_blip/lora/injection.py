@@ -47,7 +47,8 @@ ON_BAKED = (
     "that adapter with lora_blip.bake, or save this model with model.save_pretrained(folder)"
 )
 
-ROUNDING = 1.001  # of the largest value that torch.nn.init.kaiming_uniform_ can draw
+KAIMING = nn.init.kaiming_uniform_  # as PyTorch defines it
+MOST = 100.0  # times 1/√in_features: a larger value of a new A is memory that was not drawn
 
 
 def inject(
@@ -106,8 +107,9 @@ def _put_new(model: nn.Module, sites: list[Site], dropout: float, name: str) -> 
         lora.dropout = dropout
     if not present:
         with PROCESS_STATE:
+            was_off = nn.init.kaiming_uniform_ is not KAIMING
             put(model, sites, dropout, name)
-        _check_start(model, name)
+        _check_start(model, name, was_off or nn.init.kaiming_uniform_ is not KAIMING)
     freeze(model)
     return adapters(model, name)
 
@@ -143,11 +145,14 @@ def put(
     guard(model)
 
 
-def _check_start(model: nn.Module, name: str) -> None:
-    """Remove a new adapter and raise LoRAError if an A does not have its random values, so that it would not learn."""
+def _check_start(model: nn.Module, name: str, is_off: bool) -> None:
+    """Remove a new adapter and raise LoRAError if an A does not have its random values, so that it would not learn.
+
+    is_off: whether another thread has replaced the functions of torch.nn.init by empty ones.
+    """
     for address, lora in adapters(model, name).items():
-        largest = lora.A.detach().abs().max()
-        if not lora.A.is_meta and not 0 < largest.item() <= lora.A.shape[1] ** -0.5 * ROUNDING:
+        largest = 0.0 if lora.A.is_meta else lora.A.detach().abs().max().item()
+        if not lora.A.is_meta and (is_off or not 0 < largest <= MOST * lora.A.shape[1] ** -0.5):
             eject(model, name)
             raise LoRAError(
                 f"A of {quoted(address)} has no random values, because torch.nn.init is off: another thread loads a model "

@@ -58,7 +58,7 @@ class VqaTask(TextTask):
         if not example.question:
             return NO_QUESTION + (OTHER_CHECKPOINT if isinstance(self.language, BlipVqaLanguage) else FOR_CAPTIONS)
         if not example.answers:
-            return 'no answer: expected the key "answers", such as "answers": ["red"]'
+            return 'no answer: expected the key "answers", such as "answers": ["red"], or its name: --answer-key COLUMN'
         if problem := self.check_prompt(example):
             return problem
         if self._surely_fits(example):

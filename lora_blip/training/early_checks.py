@@ -17,7 +17,7 @@ COMPILERS = ("c++", "g++", "clang++", "cl")
 
 def check_paths(config: TrainConfig) -> None:
     """Raise the error that the training would raise if a path cannot be used or settings contradict each other."""
-    from lora_blip.data.annotations import check_columns  # late: it imports PIL, which --help does not need
+    from lora_blip.data.column_check import check_columns  # late: it imports PIL, which --help does not need
 
     refuse_contradictions(config)
     refuse_unwritable(config.output_dir)

@@ -60,7 +60,7 @@ def check_base(adapter: Adapter, backbone: Backbone, task: str) -> None:
     task: that of this training. If the adapter has another one, its base may not have this task.
     """
     try:
-        check_fit(backbone.model, adapter)
+        check_fit(backbone, adapter)
     except AdapterError as error:
         reason = str(error)
         flag = f": --model {quoted_for_shell(adapter.base)}" * reason.endswith("load that base")

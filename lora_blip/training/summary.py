@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.annotations import refuse_unknown_columns
+from lora_blip.data.column_check import refuse_unknown_columns
 from lora_blip.data.example import Example
 from lora_blip.data.formats import NO_KEYS
 from lora_blip.errors import DataError

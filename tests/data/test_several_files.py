@@ -9,6 +9,7 @@ import pytest
 
 from lora_blip.config import EvaluateConfig, TrainConfig
 from lora_blip.data import annotations
+from lora_blip.data.column_check import check_columns
 from lora_blip.data.formats import NO_KEYS, Keys, keys_of
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.data.several_files import chosen, with_usual_names
@@ -80,7 +81,7 @@ def test_the_flags_for_a_validation_file_read_both_files(make, kind, named, usua
             annotations=training, val_annotations=validation, image_key=keys.image, text_key=keys.text, check_images="lazy"
         )
         try:
-            annotations.check_columns(config, "annotations", "val_annotations")
+            check_columns(config, "annotations", "val_annotations")
             found = [[each.text for each in read_file(config, task, source, None)] for source in (training, validation)]
             break
         except DataError as error:
@@ -91,14 +92,17 @@ def test_the_flags_for_a_validation_file_read_both_files(make, kind, named, usua
 FILES = {"training": "Datei;Wort", "validation": "Foto;Satz"}
 
 
+@pytest.mark.parametrize("kinds", ["csv csv", "csv jsonl", "jsonl csv", "jsonl jsonl"])
 @pytest.mark.parametrize("first", ["Datei;Wort", "image;text", "file_name;caption"])
-def test_the_flags_for_several_files_read_all_of_them(first):
+def test_the_flags_for_several_files_read_all_of_them(first, kinds):
     """In `ANNOTATIONS = "a.csv,b.csv"` and in `prepare`. Before, each flag broke the other file."""
-    write("a.csv", first, "photos/0.png;a cube 0")
-    write("b.csv", "Foto;Satz", "photos/1.png;a cube 1")
+    files = ",".join(f"{name}.{kind}" for name, kind in zip("ab", kinds.split(), strict=True))
+    a, b = files.split(",")
+    write(a, first, "photos/0.png;a cube 0")
+    write(b, "Foto;Satz", "photos/1.png;a cube 1", "photos/2.png;a cube 2")
     for read in (
-        lambda keys: [each.text for each in annotations.read("a.csv,b.csv", keys=keys)[0]],
-        lambda keys: prepared(PrepareConfig("a.csv,b.csv", splits="1", image_key=keys.image, text_key=keys.text)),
+        lambda keys: [each.text for each in annotations.read(files, keys=keys)[0]],
+        lambda keys: prepared(PrepareConfig(files, splits="1", image_key=keys.image, text_key=keys.text)),
     ):
         keys = NO_KEYS
         for _ in range(3):
@@ -107,7 +111,7 @@ def test_the_flags_for_several_files_read_all_of_them(first):
                 break
             except DataError as error:
                 keys = with_flags(keys, str(error))
-        assert found == ["a cube 0", "a cube 1"]
+        assert found == ["a cube 0", "a cube 1", "a cube 2"]
 
 
 def prepared(config: PrepareConfig) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_blip
 from lora_blip import InferConfig, cli
-from lora_blip.errors import ConfigError, ModelError, OutputError
+from lora_blip.errors import AdapterError, ConfigError, ModelError, OutputError
 from lora_blip.inference import export_check, exported_folder
 from lora_blip.inference.export import ExportConfig, check_paths, export
 from lora_blip.models.loading import load_backbone
@@ -252,6 +252,28 @@ def test_a_tokenizer_that_reads_the_prompt_otherwise_is_refused(checkpoints, tmp
     with pytest.raises(OutputError, match=r"reads the prompt as the tokens \[.*, and lora_blip reads \[.*tokenizer.json"):
         exported(adapter, tmp_path / "out")
     assert without_files(tmp_path)
+
+
+def test_a_base_whose_files_have_changed_is_not_advised_again(checkpoints, tmp_path, monkeypatch):
+    """Before, the fix was to load the base that was already loaded."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base_of("blip", checkpoints), "mybase")
+    adapter = adapter_of("mybase", tmp_path / "a.safetensors", "blip")
+    (file,) = Path("mybase").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("attention.self.query.weight"))
+    save_file(tensors | {name: tensors[name] * 1.5}, file, metadata={"format": "pt"})
+    reason = (
+        r"trained on 'mybase', which has changed since; load it again\. If this does not help, its files have changed: give a"
+    )
+    for load in (
+        lambda: lora_blip.load_adapter(load_backbone("mybase", "cpu"), adapter),
+        lambda: lora_blip.Captioner.from_adapter(adapter, device="cpu"),
+        lambda: exported(adapter, tmp_path / "out"),
+    ):
+        with pytest.raises(AdapterError, match=reason) as error:
+            load()
+        assert "load that base" not in str(error.value)
 
 
 def test_a_moved_base_is_an_error_that_names_the_flag(checkpoints, tmp_path, monkeypatch):

@@ -92,6 +92,18 @@ def test_other_columns_than_those_of_the_references_do_not_end_in_a_circle():
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_the_flags_for_the_references_keep_the_names_of_the_questions(checkpoints, kind):
+    """Before, they replaced these names, so the next error was about the other file."""
+    settings = {"adapter": "none", "model": str(checkpoints["vqa"]), "images": "photos", "device": "cpu", "image_key": "Datei"}
+    questions = write("q.csv", "Datei;Was", f"photos/0.png;{ASKED}")
+    references = write(f"r.{kind}", "bild;frage;answer", f"photos/0.png;{ASKED};red")
+    with pytest.raises(DataError, match=r'--image-key "Datei\|bild" --question-key "Was\|frage"'):
+        lora_blip.infer(InferConfig(question=questions, references=references, question_key="Was", **settings))
+    settings["image_key"] = "Datei|bild"
+    assert lora_blip.infer(InferConfig(question=questions, references=references, question_key="Was|frage", **settings))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_texts_that_are_questions_are_named(kind):
     name = write(f"q.{kind}", "image;text", f"photos/0.png;{ASKED}")
     with pytest.raises(DataError, match=r"no line has a question; if its texts are the questions: --question-key text$"):

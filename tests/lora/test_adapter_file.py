@@ -121,7 +121,8 @@ def test_another_base_is_refused_even_with_equal_shapes(make, saved):
     linear = other.model.vision_model.encoder.layers[1].mlp.fc2
     linear.weight.data *= 1.02
     with pytest.raises(
-        AdapterError, match=r"weights of 'vision_model\.encoder\.layers\.1\.mlp\.fc2' are not those.*load_backbone\("
+        AdapterError,
+        match=r"weights of 'vision_model\.encoder\.layers\.1\.mlp\.fc2' are not those.*which has changed since; load it again",
     ):
         adapter_file.load(other, saved)
     assert not attached.names(other.model)

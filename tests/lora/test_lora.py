@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,18 @@ def test_an_adapter_whose_a_was_not_drawn_is_refused(backbone):
     with no_init_weights(), pytest.raises(LoRAError, match=r"A of '.* has no random values, .*; call inject after that$"):
         inject(backbone, trained=False)
     assert not attached.adapters(backbone.model) and torch.equal(logits_of(backbone), before)
+    assert inject(backbone, trained=False)
+
+
+def test_another_start_of_a_in_an_edited_class_is_accepted(backbone, monkeypatch):
+    """Before, an A that is drawn from a Gaussian was an error about another thread."""
+    start = LoRA.__init__
+
+    def gaussian(self: LoRA, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        torch.nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)
+
+    monkeypatch.setattr(LoRA, "__init__", gaussian)
     assert inject(backbone, trained=False)
 
 

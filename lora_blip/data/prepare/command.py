@@ -20,7 +20,7 @@ from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_sizes, split_fractions
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.prepare.split_names import with_splits_of_folders
-from lora_blip.data.several_files import of_several_files
+from lora_blip.data.several_files import of_several_files, refuse_unknown_keys
 from lora_blip.data.splits import trained_test_folders
 from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
@@ -120,7 +120,7 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
         folder = Folder(source.image_root(config.images))
         name = lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"  # noqa: E731 (called in this block)
         with phase(name), of_several_files(keys, len(sources) > 1):
-            read_source(source, folder, data)
+            read_source(source, folder, data, several=len(sources) > 1)
     if data.rows:
         data.dropped = [replace(one, reason=in_this_line(one.reason)) for one in data.dropped]
     split_of_image = published_splits(data) if config.own_splits else {}
@@ -150,8 +150,8 @@ def refuse_existing(output: Path) -> None:
         )
 
 
-def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
-    """Add each entry of a source to `data`: to its rows, or to its dropped lines with the reason."""
+def read_source(source: Source, folder: Folder, data: PreparedData, several: bool = False) -> None:
+    """Add each entry of a source to `data`: to its rows, or to its dropped lines with the reason. several: there are others."""
     before, dropped = len(data.rows), len(data.dropped)
     read = source.split_entries if source.folder_splits else source.entries
     for at, entry_or_reason in source.unpack(Path(data.base, IMAGES)) if source.unpack else read():
@@ -170,6 +170,8 @@ def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
             f"{source.path}: no image of {len(folder.known):,} is in {folder.root}; {example!r} does not exist there; {fix}"
         )
     count = len(data.rows) - before + len(data.dropped) - dropped
+    if several:
+        refuse_unknown_keys(source.path, [(one.at, one.reason) for one in data.dropped[dropped:]], count)
     data.notes += [*source.describe(count, folder.root), *filter(None, [folder.finder.describe()])]
 
 
@@ -181,12 +183,8 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
     kind = "questions" if "question" in entry else "captions"
     data.kind = data.kind or kind
     if kind != data.kind:
-        return Dropped(
-            source,
-            at,
-            "fault",
-            f"a {kind[:-1]}, but the first line has a {data.kind[:-1]}; prepare captions and questions separately",
-        )
+        reason = f"a {kind[:-1]}, but the first line has a {data.kind[:-1]}; prepare captions and questions separately"
+        return Dropped(source, at, "fault", reason)
     image = folder.find(entry["image"])
     if isinstance(image, str):
         return Dropped(source, at, "missing" if source.may_lack_images and "does not exist" in image else "fault", image)
