@@ -130,10 +130,16 @@ def test_scores_of_an_adapter_say_that_training_images_are_not_searched(capsys, 
     assert "100.0%" in printed and ("`lora-blip evaluate` does" in printed) == (name == "adapted")
 
 
-@pytest.mark.parametrize(("takes_question", "key"), [(False, "text"), (True, "answers")])
-def test_a_missing_score_is_explained_with_the_key_to_add(capsys, takes_question, key):
+@pytest.mark.parametrize(
+    ("takes_question", "question", "fix"),
+    [
+        (False, "", 'no texts of these images; add "text" to their lines in the file of REFERENCES (--references)'),
+        (False, "what is it?", "the references are questions with answers, and the task needs texts; give an adapter that"),
+        (True, "what is it?", 'no answers to these questions; name their column or key, --answer-key COLUMN, or add "answers"'),
+    ],
+)
+def test_a_missing_score_is_explained_with_a_fix(capsys, takes_question, question, fix):
     task: Any = SimpleNamespace(takes_question=takes_question, writes_text=True, subject=lambda example: example.image)
-    example = example_of("a.png", "what is it?")
+    example = example_of("a.png", question)
     report(task, {example.image: [example]}, {"adapted": {example.image: "a cube"}})
-    printed = capsys.readouterr().out
-    assert f'add "{key}" to their lines in the file of REFERENCES (--references)' in printed
+    assert fix in capsys.readouterr().out
