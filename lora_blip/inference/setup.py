@@ -26,6 +26,7 @@ from lora_blip.inference.questions import (
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.fit import check_fit
+from lora_blip.lora.mergeable import other_update
 from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.lora.sites import quantization
 from lora_blip.metrics.names import validation_score
@@ -155,13 +156,18 @@ def require_fit(backbone: Backbone, adapter: Adapter) -> None:
 def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision: str = "fp32") -> None:
     """Load the adapter and its task metadata, merge it if `merge`, and cast the weights to `precision`.
 
-    An adapter on a quantized base is not merged: its hooks stay.
+    The hooks stay if the base is quantized, or if `forward` of the adapter's class computes something other than ΔW x.
     """
-    merge = merge and not quantization(task.backbone.model)
+    model = task.backbone.model
+    merge = merge and not quantization(model)
     with phase(f"loading {adapter.path}" + ", and merging it" * merge):
         adapter_file.load(task.backbone, adapter)
-        if merge:
-            merging.bake(task.backbone.model)
+        problem = other_update(model, {path: tuple(linear.lora) for path, linear in attached.adapted_linears(model).items()})
+        if merge and not problem:
+            merging.bake(model)
+    if problem:
+        attached.fast(model, False)
+        print(printable(f"warning: {problem}. The adapter is not merged here, and your `forward` is used"), flush=True)
     weights.cast_once(task.backbone, precision)
     if adapter.task.get("name") == task.name:
         task.load_metadata(adapter.task)

@@ -1,6 +1,8 @@
 """Check that updates can be written into the weights. All linears are checked before a weight is changed."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +13,15 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import PLAIN_FORWARDS, PLAIN_TENSORS
 from lora_blip.lora.attached import OURS
-from lora_blip.lora.sites import is_quantized, modules_of, refuse_meta
+from lora_blip.lora.sites import is_quantized, modules_of, name_of, refuse_meta
+from lora_blip.lora.variants import DoRA, change_of, original_of
 
 
-def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise LoRAError, with the module, if an update cannot be written into the weight of one of these linears."""
+def check_mergeable(model: nn.Module, keys: Mapping[str, Collection[str]]) -> None:
+    """Raise LoRAError, with the module, if an update cannot be written into a weight. keys: {path: keys in its stack}."""
     modules = modules_of(model)
     memory = _memory(modules)
-    for path in paths:
+    for path in keys:
         linear: Any = modules[path]
         _check_weight(path, linear)
         if other := _overlapping(f"{path}.weight", linear.weight, memory):
@@ -26,6 +29,49 @@ def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:
                 f"{path!r} shares the memory of its weight with {other!r}: a merge would change both. "
                 "Use the adapter unmerged, or give it its own weight: linear.weight = nn.Parameter(linear.weight.clone())"
             )
+    if problem := other_update(model, keys):
+        raise LoRAError(problem)
+
+
+@torch.no_grad()
+def other_update(model: nn.Module, keys: Mapping[str, Collection[str]]) -> str:
+    """Return why a merge would change the results, or "" if the updates of the hooks are ΔW x. keys: {path: keys in its stack}.
+
+    The updates differ if a user has edited `forward` of a class and not its `delta_weight`, or the other way round. One
+    adapter of each class is compared: the one with the largest value in B.
+    """
+    modules: Mapping[str, Any] = modules_of(model)
+    largest: dict[type, tuple[float, str, str]] = {}
+    for path, own in keys.items():
+        for key in own:
+            kind, size = type(modules[path].lora[key]), largest_of(modules[path].lora[key].B)
+            largest[kind] = max(largest.get(kind, (0.0, "", "")), (size, path, key))
+    for kind, (_, path, key) in largest.items():
+        if path and not _adds_delta(modules[path], key):
+            return (
+                f"the hook of adapter {name_of(key)!r} on {path!r} adds something other than ΔW x, so a merge would change the "
+                f"results: `forward` and `delta_weight` of {kind.__name__} differ. Use the adapter unmerged, or change both"
+            )
+    return ""
+
+
+def _adds_delta(linear: Any, key: str) -> bool:
+    """Return True if the update of an adapter is ΔW x, up to rounding, for eight random inputs x and 64 rows of ΔW."""
+    lora = copy.deepcopy(linear.lora[key]).to("cpu", torch.float64).eval()
+    x = torch.randn(8, lora.A.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, rows = lora.padding[0], min(64, len(lora.B))
+    with torch.autocast("cpu", enabled=False):
+        if isinstance(lora, DoRA):
+            weight = original_of(linear).double().cpu()
+            bias = None if linear.bias is None else linear.bias.double().cpu()
+            updated = lora.update(x, F.linear(x, weight, bias), weight, bias)
+            change = change_of(lora, weight)[first : first + rows]
+        else:
+            updated, change = lora(x), lora.delta_weight(slice(rows))
+        expected = F.linear(x, change.double())
+    difference = largest_of(updated[:, first : first + rows] - expected)
+    terms = abs(lora.scale) * largest_of(lora.B) * largest_of(F.linear(x, lora.A))
+    return not math.isfinite(difference) or difference <= 1e-3 * largest_of(expected) + 1e-9 * terms
 
 
 def check_stored(path: str, linear: Any, effect: str = "the original weight cannot be put back; first") -> None:

@@ -27,6 +27,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageSequence
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.initialization import no_tie_weights
 
 import lora_blip
@@ -37,6 +38,7 @@ from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.image_inputs import open_input
 from lora_blip.inference.prediction import line_of
 from lora_blip.lora import adapter_file, attached
+from lora_blip.lora.layer import LoRA
 from lora_blip.models import library
 from lora_blip.models.loading import as_backbone, load_backbone
 from lora_blip.models.unknown_tokens import MOST_WARNED
@@ -521,6 +523,33 @@ def test_an_adapter_predicts_what_infer_writes(workplace, monkeypatch):
         assert [p.text for p in predictions] == [line["text"] for line in lines]
         assert bool(attached.names(captioner.backbone.model)) is not merge
         assert str(run) in repr(captioner) and captioner.task == "caption" and captioner.device == captioner.backbone.device
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_adapter_whose_forward_was_edited_predicts_with_it(workplace, monkeypatch, capsys, fast):
+    """Before, `infer`, `evaluate` and `Captioner` merged ΔW without a warning: the texts of an update that was not trained."""
+
+    def forward(lora: Any, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(x.to(lora.A.dtype), lora.A).relu(), lora.B) * lora.scale
+        return F.pad(update, lora.padding)
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(LoRA, "forward", forward)
+    images = sorted(str(path) for path in Path("image_test").iterdir())[:4]
+    expected = Captioner.from_adapter("adapter1", merge=False, fast=False)(images)
+    capsys.readouterr()
+    captioner = Captioner.from_adapter("adapter1", fast=fast)
+    warning = "adds something other than ΔW x"
+    assert warning in capsys.readouterr().out and attached.names(captioner.backbone.model) == ["default"]
+    assert [p.text for p in captioner(images)] == [p.text for p in expected]
+    torch.testing.assert_close([p.score for p in captioner(images)], [p.score for p in expected], rtol=1e-4, atol=1e-4)
+    merged = [p.score for p in Captioner.from_adapter(None, base=captioner.backbone.name, fast=False)(images)]
+    assert merged != pytest.approx([p.score for p in expected], rel=1e-3)  # the update is large enough to be seen
+    predictions = lora_blip.infer(
+        lora_blip.InferConfig(adapter="adapter1", images="image_test", output_dir=f"out-edit-{fast}", fast=fast)
+    )
+    texts = {line["image"]: line["text"] for line in map(json.loads, predictions.read_text(encoding="utf-8").splitlines())}
+    assert warning in capsys.readouterr().out and [texts[image] for image in images] == [p.text for p in expected]
 
 
 def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypatch):
