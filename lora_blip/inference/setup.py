@@ -167,7 +167,7 @@ def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision
             merging.bake(model)
     if problem:
         attached.fast(model, False)
-        print(printable(f"warning: {problem}. The adapter is not merged here, and your `forward` is used"), flush=True)
+        print(printable(f"warning: {problem}. Predictions use your `forward`, without a merge"), flush=True)
     weights.cast_once(task.backbone, precision)
     if adapter.task.get("name") == task.name:
         task.load_metadata(adapter.task)

@@ -49,8 +49,8 @@ def other_update(model: nn.Module, keys: Mapping[str, Collection[str]]) -> str:
     for kind, (_, path, key) in largest.items():
         if path and not _adds_delta(modules[path], key):
             return (
-                f"the hook of adapter {name_of(key)!r} on {path!r} adds something other than ΔW x, so a merge would change the "
-                f"results: `forward` and `delta_weight` of {kind.__name__} differ. Use the adapter unmerged, or change both"
+                f"`forward` and `delta_weight` of {kind.__name__} differ, so a merge would change the results: the hook of "
+                f"adapter {name_of(key)!r} on {path!r} adds something other than ΔW x. Change both, or use the adapter unmerged"
             )
     return ""
 
