@@ -70,9 +70,9 @@ for name, linear in linears.items():
 #
 # The code allows 1.01·u, because the sum is rounded twice: to float32, and then to the dtype of the weight.
 #
-# The gap between W₀ and its neighbours is at least u·|W₀|. A change below half of the gap is rounded away. So if
-# |ΔW| < u·|W₀|/2, then W' = W₀. We count all elements that do not change, for the trained update and for the same update made
-# smaller. The other elements change by whole gaps, so we also measure the part of the update that is lost:
+# A dtype has only some numbers. From W₀ to the next number of the dtype, the distance is at least u·|W₀|. A change of less
+# than half of this distance is rounded away: if |ΔW| < u·|W₀|/2, then W' = W₀. We count all elements that do not change, for the trained update and for the same update made
+# smaller. The other elements change by whole distances, so we also measure the part of the update that is lost:
 # ‖(W' − W₀) − ΔW‖/‖ΔW‖, with Frobenius norms over all linears. Here, W₀ is the weight in the dtype of the merge.
 
 # %%
@@ -114,8 +114,8 @@ assert lost["bf16"][0] < 0.02 and lost["bf16"][-1] > 0.8 and lost["fp16"][-1] > 
 #
 # A library that keeps only W' and ΔW can undo a merge only by subtracting: W'' = round(W' − ΔW). (`peft` 0.21.2 rounds ΔW to
 # the dtype of the weight first.) But W' contains the rounding error of W₀ + ΔW, and the subtraction does not remove it. If
-# this error is larger than half the gap between W₀ and the next number, W'' differs from W₀. This is possible if |W'| is larger than |W₀|,
-# because the gaps between larger numbers are larger. It happens in some elements, in float32 too. Each cycle with
+# this error is larger than half the distance from W₀ to the next number, W'' differs from W₀. This is possible if |W'| is larger than |W₀|,
+# because the distances between larger numbers are larger. It happens in some elements, in float32 too. Each cycle with
 # another adapter adds more errors. We imitate 20 different adapters of the same size: each has the rows of ΔW in another random
 # order.
 

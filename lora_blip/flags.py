@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.command_line import start_of_command
 from lora_blip.runtime.options import options
-from lora_blip.runtime.settings import settings_of
+from lora_blip.runtime.settings import SEPARATORS, joined, settings_of
 from lora_blip.runtime.similar_names import OTHER_NAMES, corrected, flag_meant, nearest
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import pasteable
@@ -187,10 +187,17 @@ def _resolve_paths(script: dict[str, Any], kind: Any, values: dict[str, Any]) ->
         if entry.name == "model" and str(value).startswith("assets/"):
             continue  # an embedded base: `load_backbone` finds it from every folder, and adapter files contain this name
         resolve = entry.metadata.get("path", "always")  # the field `runs` is not a setting, but it is a path
-        is_relative = isinstance(value, str) and value and not value.startswith(("~", "$"))  # `check` expands ~ and $HOME
-        if is_relative and (resolve == "always" or (resolve and _exists(folder / value))):
-            values[entry.name] = str(folder / value)
+        value = joined(entry.name, value)
+        if isinstance(value, str) and value and (resolve == "always" or (resolve and _exists(folder / value))):
+            several = SEPARATORS.get(entry.name) == "," and not _exists(folder / value)
+            parts = [part.strip() for part in value.split(",")] if several else [value]
+            values[entry.name] = ",".join(_below(folder, part) for part in parts)
     return values
+
+
+def _below(folder: Path, path: str) -> str:
+    """Join a relative path to a folder. `check` expands ~ and $HOME later."""
+    return path if not path or path.startswith(("~", "$")) else str(folder / path)
 
 
 def _refuse_escapes(name: str, value: Any) -> None:

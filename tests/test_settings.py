@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,32 @@ def test_paths_of_a_script_are_relative_to_its_folder(tmp_path, monkeypatch):
     assert config.runs == str(folder / "lora_blip_output")
     monkeypatch.chdir(folder)
     assert parse(InferConfig, script, []) == InferConfig(images="shards/{00..09}.tar", question="what is it?")
+
+
+def test_every_file_of_a_list_is_relative_to_the_folder_of_the_script(tmp_path, monkeypatch):
+    """Before, only the first one was: `python /project/train.py` did not find the others."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "one, two.csv").write_text("a file whose name contains a comma")
+    monkeypatch.chdir(tmp_path)
+    script: dict[str, Any] = {"__file__": str(folder / "train.py"), "VAL_ANNOTATIONS": "one, two.csv"}
+    a, b, c = str(folder / "a.jsonl"), str(folder / "sub" / "b.csv"), str(tmp_path / "c.csv")
+    for written in (f"a.jsonl,sub/b.csv,{c}", f"a.jsonl, sub/b.csv, {c}", ["a.jsonl", Path("sub/b.csv"), c]):
+        config = parse(TrainConfig, script | {"ANNOTATIONS": written}, [])
+        assert config.annotations.split(",") == [a, b, c] and config.val_annotations == str(folder / "one, two.csv")
+    config = parse(InferConfig, {"__file__": str(folder / "infer.py"), "REFERENCES": "a.jsonl,$HOME/x.csv"}, [])
+    assert config.references.split(",") == [a, os.path.expandvars("$HOME/x.csv")]
+
+
+def test_a_list_of_files_or_columns_is_a_setting_too():
+    config = TrainConfig(annotations=["a.jsonl", Path("b.csv")], image_key=["Bild", "Foto"], targets=["vit", "text"])
+    assert (config.annotations, config.image_key, config.targets) == ("a.jsonl,b.csv", "Bild|Foto", "vit,text")
+    assert InferConfig(references=("a.jsonl",)).references == "a.jsonl"
+    for wrong in (["a,b.jsonl", "c.jsonl"], ["a.jsonl", 3], []):
+        with pytest.raises(ConfigError, match="expected a text"):
+            TrainConfig(annotations=wrong)
+    with pytest.raises(ConfigError, match="expected a text"):
+        TrainConfig(model=["a", "b"])
 
 
 def test_scripts_run_from_another_folder(checkpoints, tmp_path, monkeypatch):

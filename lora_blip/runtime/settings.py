@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, field, fields
 from typing import Any, Literal, get_args, get_origin
@@ -15,6 +16,10 @@ KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or
 LARGEST = {  # largest sensible values, by setting
     "r": 2**16, "lr_ratio": 1e6, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
+}  # fmt: skip
+SEPARATORS = {  # settings that may be a list, and what separates its items in a text
+    "targets": ",", "annotations": ",", "val_annotations": ",", "references": ",", "train_annotations": ",",
+    "image_key": "|", "text_key": "|", "question_key": "|", "answer_key": "|",
 }  # fmt: skip
 ADDED = {
     "init_adapter": "",
@@ -61,17 +66,27 @@ def require_settings(config: object, kind: type, call: str) -> None:
         raise ConfigError(f"lora_blip.{call} expects {kind.__name__}, and not {type(config).__name__}: {right}")
 
 
+def joined(name: str, values: Any) -> Any:
+    """Return a list of texts or paths as one text, if the setting may be a list. Return other values unchanged."""
+    if name not in SEPARATORS or not isinstance(values, list | tuple) or not values:
+        return values
+    parts = [str(value) if isinstance(value, os.PathLike) else value for value in values]
+    if any(not isinstance(part, str) or SEPARATORS[name] in part for part in parts):
+        return values
+    return SEPARATORS[name].join(parts)
+
+
 def check(config: Any) -> None:
     """Raise ConfigError if a field has a wrong type, is not finite, or is too large.
 
-    Also convert values in place: a list of targets, a path or a torch.device to a text,
+    Also convert values in place: a list of targets, files or columns, a path or a torch.device to a text,
     an int to a float, and ~ and $HOME in paths to folders.
     """
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if entry.name == "targets" and isinstance(value, list | tuple) and all(isinstance(target, str) for target in value):
-            value = ",".join(value)
-            object.__setattr__(config, "targets", value)
+        if (text := joined(entry.name, value)) is not value:
+            value = text
+            object.__setattr__(config, entry.name, value)
         is_device = type(value).__module__ == "torch" and type(value).__name__ == "device"
         if entry.type is str and (isinstance(value, os.PathLike) or is_device):
             value = str(value)
@@ -90,8 +105,9 @@ def check(config: Any) -> None:
             meaning = f": {entry.metadata['doc']}" * (entry.type is str and bool(entry.metadata.get("doc")))
             raise ConfigError(f"{entry.name} = {value!r}: expected {expected}{meaning}")
         if isinstance(value, str):
-            if entry.metadata.get("path") and value.startswith(("~", "$")):
-                value = ",".join(os.path.expandvars(os.path.expanduser(part)) for part in value.split(","))  # noqa: PTH111
+            if entry.metadata.get("path") and re.search(r"(^|,)\s*[~$]", value):
+                parts = re.split(r",\s*(?=[~$])", value)
+                value = ",".join(os.path.expandvars(os.path.expanduser(part)) for part in parts)  # noqa: PTH111
                 object.__setattr__(config, entry.name, value)
             require("\0" not in value, entry.name, value, "a text without a NUL character")
         elif entry.type in (int, float):
