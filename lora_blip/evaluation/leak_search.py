@@ -11,6 +11,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.formats import Keys, keys_of
 from lora_blip.data.leaks import Leak, find_leaks
 from lora_blip.data.several_files import of_several_files, with_usual_names
+from lora_blip.data.source_digest import source_digest
 from lora_blip.data.splits import RULES, lines_for_training
 from lora_blip.errors import AdapterError, DataError
 from lora_blip.lora import adapter_file
@@ -20,6 +21,7 @@ from lora_blip.runtime.untrusted import quoted
 
 MOST_ADAPTERS = 16  # initial adapters of initial adapters that are searched
 EARLIER_DATA = "not searched: the earlier training data of this run, which was resumed with other data (ALLOW_CHANGED)"
+OTHER_FILE = "has changed since the training, or is another file; give the training data with --train-annotations"
 
 
 class LeakSearch(NamedTuple):
@@ -79,7 +81,11 @@ def _search_data_of(adapter: Adapter | None, config: EvaluateConfig, examples: l
     settings = _settings_of(adapter)
     root = config.train_image_root or str(settings.get("image_root", ""))
     rules = training.get("data_rules", 1)
-    found = _search(str(settings.get("annotations", "")), root, _keys_of(settings), config, examples, rules)
+    source, digest = str(settings.get("annotations", "")), training.get("data_digest")
+    if digest and source_digest(source) not in ("", digest):
+        found = LeakSearch([], f"not searched: {source} {OTHER_FILE}")
+    else:
+        found = _search(source, root, _keys_of(settings), config, examples, rules)
     return [found, *([LeakSearch([], EARLIER_DATA)] if training.get("data_changed") else [])]
 
 

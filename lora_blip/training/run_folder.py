@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.source_digest import source_digest
 from lora_blip.data.splits import RULES
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError
 from lora_blip.kernels import paths
@@ -58,6 +59,7 @@ class Run:
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
         self.images, self.earlier = 0, learner.progress.step  # images since the last logged step; steps of earlier processes
         self.last_scores: dict[str, Any] = {}  # scores of the last validation, and its step
+        self.data_digest = source_digest(config.annotations)
         self.data_changed = False  # True: before a resume, the run had other training lines
         self.rescored = False  # True: scores from before a resume cannot be compared with the current ones
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
@@ -103,8 +105,7 @@ class Run:
         """Create the folder with its first checkpoint, so that every folder of a run can be resumed."""
         while True:
             try:
-                make_whole(self.folder, self._fill_folder)
-                return
+                return make_whole(self.folder, self._fill_folder)
             except OSError as error:
                 if error.errno in FULL:
                     raise
@@ -232,8 +233,7 @@ class Run:
         is_validated = self.last_scores.get("step", step) == step  # older checkpoints lack the step
         scores = {key: value for key, value in self.last_scores.items() if is_validated and key != "step"}
         summary = {"steps": step, **extra, **scores, "settings": stored_settings(self.config), "data_rules": RULES}
-        if self.data_changed:
-            summary["data_changed"] = True
+        summary |= {"data_digest": self.data_digest} | ({"data_changed": True} if self.data_changed else {})
         if source := self.identity.get("init_adapter"):
             summary["init_adapter"] = {"path": self.config.init_adapter, "sha256": source}
         task = self.learner.task

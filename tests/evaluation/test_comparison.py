@@ -19,6 +19,7 @@ from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.images import open_image
+from lora_blip.data.source_digest import source_digest
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import comparison, measures, outputs
 from lora_blip.evaluation.leak_search import LeakSearch
@@ -273,6 +274,23 @@ def test_the_training_data_of_the_initial_adapter_are_searched_too(checkpoints, 
     first.unlink()
     note = evaluated(refs, adapter=str(second), output_dir="again")[0]["facts"]["leaks"]
     assert note.endswith(f"not searched: the training data of the initial adapter {str(first)!r}, which cannot be read")
+
+
+def test_another_file_with_the_name_of_the_training_data_is_not_searched(checkpoints, here):
+    """Before, an evaluation in another folder searched the file of the same name there, and reported its result."""
+    refs = references(here, 3)
+    lines = [{"image": f"eval/{n}.png", "text": "a"} for n in range(2)]
+    write_lines(here / "train.jsonl", lines)
+    path = adapter_of(
+        checkpoints["blip"], here, settings={"annotations": "train.jsonl"}, data_digest=source_digest("train.jsonl")
+    )
+    figures = evaluated(refs, adapter=str(path), output_dir="same")[0]
+    assert len(figures["leaks"]) == 2
+    write_lines(here / "train.jsonl", [{"image": "eval/2.png", "text": "a"}])
+    figures = evaluated(refs, adapter=str(path), output_dir="other")[0]
+    assert figures["leaks"] == [] and figures["facts"]["leaks"].startswith("not searched: train.jsonl has changed since")
+    assert figures["warnings"][0].startswith("these images may be training images: not searched: train.jsonl has changed")
+    assert len(evaluated(refs, adapter=str(path), train_annotations="train.jsonl", output_dir="given")[0]["leaks"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from lora_blip.cli import run_command
 from lora_blip.config import TrainConfig
 from lora_blip.data.image_folders import example_of
 from lora_blip.data.loader import DeviceBatch
+from lora_blip.data.source_digest import source_digest
 from lora_blip.errors import ConfigError, DataError, TrainingError
 from lora_blip.inference.setup import describe
 from lora_blip.lora import adapter_file, attached
@@ -183,7 +184,13 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
         train(config)
     (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
     training = adapter_file.read(path).metadata["training"]
-    assert training | {"settings": 0} == {"steps": 2, "finished": False, "settings": 0, "data_rules": 2}
+    assert training | {"settings": 0} == {
+        "steps": 2,
+        "finished": False,
+        "settings": 0,
+        "data_rules": 2,
+        "data_digest": source_digest(config.annotations),
+    }
 
 
 @pytest.mark.parametrize(("good", "fails"), [(1, True), (2, False)], ids=["three steps skipped", "two steps skipped"])
