@@ -54,6 +54,7 @@ class Output:
         # the numbers of lines of the two files
         self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))
         self.done, self.lines_before, self.predicted_before = FinishedExamples(keys), self.lines, self.predicted
+        self.failed_before = self.failed
         self.files: dict[str, IO[bytes]] = {}
         self.synced = time.monotonic()
 
@@ -87,7 +88,8 @@ class Output:
         if not added:
             summary = f"nothing new to write: an earlier run has written {counted(self.predicted, 'line')} of"
         left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
-        return f"{summary} {self.path}{left_out}"
+        again = "; to try an image of an earlier run again, remove its line from that file" if self.failed_before else ""
+        return f"{summary} {self.path}{left_out}{again}"
 
     def require_predictions(self) -> None:
         """Raise ImageError if every image of the run could not be read."""

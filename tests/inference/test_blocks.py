@@ -479,7 +479,16 @@ def test_a_second_start_of_a_finished_run_predicts_only_new_images(config, capsy
     before = bytes_of("whole")
     same = replace(config, output_dir="whole")
     infer(same)
-    assert bytes_of("whole") == before and "nothing new to write: an earlier run has written " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert bytes_of("whole") == before and "nothing new to write: an earlier run has written " in printed
+    assert "to try an image of an earlier run again, remove its line from that file" in printed
+    errors = Path("whole", output.ERRORS_NAME)
+    first, *rest = errors.read_text(encoding="utf-8").splitlines(keepends=True)
+    shutil.copy("photos/1.png", json.loads(first)["image"])
+    errors.write_text("".join(rest), encoding="utf-8")  # as the line says
+    infer(same)
+    assert json.loads(first)["image"] in {line["image"] for line in lines_of("whole")}
+    before = bytes_of("whole")
     shutil.copy("photos/1.png", "photos/zz.png")
     infer(same)
     after = bytes_of("whole")[output.FILE_NAME]
