@@ -166,7 +166,6 @@ def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision
         if merge and not problem:
             merging.bake(model)
     if problem:
-        attached.fast(model, False)
         print(printable(f"warning: {problem}. Predictions use your `forward`, without a merge"), flush=True)
     weights.cast_once(task.backbone, precision)
     if adapter.task.get("name") == task.name:

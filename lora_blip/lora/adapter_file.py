@@ -19,15 +19,14 @@ from torch import Tensor, nn
 
 from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora import attached, header, injection, peft_format
-from lora_blip.lora.adapter_tensors import check_keys, check_values, tensors_of
+from lora_blip.lora.adapter_tensors import check_keys, check_values, refuse_unknown, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import digest_of, dtype_note, samples, weights_dtype
 from lora_blip.lora.fit import check_fit, check_image_size, image_size_of
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
-from lora_blip.lora.layer import LoRA
 from lora_blip.lora.model_lock import changing
 from lora_blip.lora.sites import Site, refuse_meta
-from lora_blip.lora.variants import CLASSES, is_rescaled, rescale
+from lora_blip.lora.variants import rescale
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
 from lora_blip.runtime.setting_checks import check_scale
@@ -105,17 +104,6 @@ def no_such_adapter(model: nn.Module, name: str) -> AdapterError:
     others = " or ".join(f"name={each!r}" for each in attached.names(model))
     fix = f"it has {others}" if others else "put one on it, and train it: lora_blip.inject(model, 'vit')"
     return AdapterError(f"the model has no adapter {quoted(name)}; {fix}")
-
-
-def refuse_unknown(name: str, lora: LoRA) -> None:
-    """Raise AdapterError if a file cannot contain what an adapter computes: it is of an own class, or has another scale."""
-    if type(lora) is not CLASSES[lora.site.variant]:
-        kind = type(lora).__name__
-        fix = "add the class to lora_blip/lora/variants.py, as CONTRIBUTING.md shows"
-        raise AdapterError(f"adapter {name!r} is of the class {kind}, and a file has only {', '.join(CLASSES)}; {fix}")
-    if is_rescaled(lora):
-        fix = "load it without, or write it from its run: lora-blip blend RUN=0.5 --output-dir scaled"
-        raise AdapterError(f"adapter {name!r} was loaded with another scale, which a file cannot contain; {fix}")
 
 
 def save(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_blip.errors import AdapterError
+from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
-from lora_blip.lora.variants import EXTRA
+from lora_blip.lora.variants import CLASSES, EXTRA, is_rescaled
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
@@ -31,6 +31,29 @@ def tensors_of(address: str, lora: LoRA) -> dict[str, Tensor]:
 def names_of(site: Site) -> list[str]:
     """Return the names of the tensors of a site."""
     return [f"{site.address}.{part}" for part in ("lora_A", "lora_B", *EXTRA.get(site.variant, ()))]
+
+
+def refuse_other_parameters(lora: LoRA) -> None:
+    """Raise LoRAError if an adapter has a parameter or a buffer that a file would not contain, such as one that a user adds."""
+    site, kind = lora.site, type(lora).__name__
+    known = ("A", "B", *EXTRA.get(site.variant, ()))
+    if others := tuple(name for name in lora.state_dict() if name not in known):
+        fix = f"in lora_blip/lora/variants.py, set EXTRA = {EXTRA | {site.variant: (*known[2:], *others)}}"
+        if not all(name in lora._parameters for name in others):  # a buffer, or a parameter of a child
+            fix = f"keep the values in an nn.Parameter of {kind} itself: self.NAME = nn.Parameter(…)"
+        raise LoRAError(f"{kind} has {' and '.join(others)}, which an adapter file would not contain; {fix}")
+
+
+def refuse_unknown(name: str, lora: LoRA) -> None:
+    """Raise AdapterError if a file cannot contain what an adapter computes: it is of an own class, or has another scale."""
+    if type(lora) is not CLASSES[lora.site.variant]:
+        kind = type(lora).__name__
+        fix = "add the class to lora_blip/lora/variants.py, as CONTRIBUTING.md shows"
+        raise AdapterError(f"adapter {name!r} is of the class {kind}, and a file has only {', '.join(CLASSES)}; {fix}")
+    if is_rescaled(lora):
+        fix = "load it without, or write it from its run: lora-blip blend RUN=0.5 --output-dir scaled"
+        raise AdapterError(f"adapter {name!r} was loaded with another scale, which a file cannot contain; {fix}")
+    refuse_other_parameters(lora)
 
 
 def check_keys(path: Path, sites: list[Site], file: Any) -> None:

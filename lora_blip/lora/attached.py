@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_blip.errors import LoRAError
-from lora_blip.lora.adapter_tensors import names_of
+from lora_blip.lora.adapter_tensors import names_of, refuse_other_parameters
 from lora_blip.lora.call_batch import forget_batch, note_batch
-from lora_blip.lora.fused import PendingInput, fused_hook, fused_pre_hook
+from lora_blip.lora.fused import PendingInput, fused_hook, fused_pre_hook, is_product
 from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
@@ -216,14 +216,16 @@ def attach(
     values: the tensors of a file; None: a new adapter, whose A is drawn on the CPU, so that each device gets the same numbers.
     An adapter of a file needs no draw. routing: the routing of the model; None: a new one.
     """
+    device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
+    where = "meta" if values is not None or device.type == "meta" else "cpu"
+    lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, where)
+    refuse_other_parameters(lora)
+    is_product(type(lora))  # the result is cached: a later call may be inside torch.compile or a transform
     if not has_adapters(linear):
         stack = AdapterStack()
         stack.routing = routing or AdapterRouting()
         linear.lora = stack
         linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # first: other hooks see the update
-    device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
-    where = "meta" if values is not None or device.type == "meta" else "cpu"
-    lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, where)
     if values is None:
         lora = lora if device.type == where else lora.to(device)
     else:

@@ -12,7 +12,7 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
 `inject` does this for every target, and freezes all parameters that belong to no adapter. By default, `fused_hook` replaces
-`lora_hook`: it computes the same in fewer operations or with less memory. FAST = False in train.py keeps `lora_hook`.
+`lora_hook`: it computes the same in fewer operations or with less memory. If you edit `forward`, it calls `lora_hook`.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W).
 Then `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (files).

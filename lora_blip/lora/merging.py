@@ -22,11 +22,12 @@ from lora_blip.lora.attached import (
     refuse_baked,
     share_routing,
 )
+from lora_blip.lora.fused import is_product
 from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable, check_stored, largest_of
 from lora_blip.lora.model_lock import changing
 from lora_blip.lora.sites import name_of
-from lora_blip.lora.variants import FUSED, change_of, original_of
+from lora_blip.lora.variants import change_of, original_of
 
 BLOCK = 2**18  # elements of ΔW that a merge in place computes at a time
 
@@ -208,13 +209,13 @@ def check_sums(hooked: dict[str, Any], keys: dict[str, frozenset[str]]) -> None:
 
 
 def bound_of(linear: Any, keys: frozenset[str]) -> float:
-    """Return a bound of |W + Σ ΔW| and of |B A|, which is computed in float32. It is infinite for DoRA.
+    """Return a bound of |W + Σ ΔW| and of |B A|, which is computed in float32. It is infinite for DoRA and own formulas.
 
     An element of B A is a sum of r products, so it is at most r · max |B| · max |A|. If W, A or B contains infinity or NaN, the
     bound is infinite or NaN.
     """
     loras = [linear.lora[key] for key in keys]
-    if any(type(lora) not in FUSED for lora in loras):
+    if not all(is_product(type(lora)) for lora in loras):
         return math.inf
     # max(NaN, 1.0) is NaN in this order
     updates = (max(abs(lora.scale), 1.0) * len(lora.A) * largest_of(lora.B) * largest_of(lora.A) for lora in loras)
@@ -242,7 +243,7 @@ def adds_in_place(linear: Any, keys: frozenset[str]) -> bool:
     """Return True if W + ΔW is one float32 sum, which `add_in_place` computes without a copy of W."""
     loras = [linear.lora[key] for key in keys]
     float32 = all(tensor.dtype == torch.float32 for lora in loras for tensor in (linear.weight, lora.A, lora.B))
-    return float32 and len(loras) == 1 and type(loras[0]) in FUSED
+    return float32 and len(loras) == 1 and is_product(type(loras[0]))
 
 
 def add_in_place(weight: Tensor, lora: LoRA) -> None:

@@ -76,7 +76,6 @@ class DoRA(LoRA):
 
 CLASSES: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": RsLoRA, "dora": DoRA}  # the keys are `setting_checks.VARIANTS`
 EXTRA = {"dora": ("magnitude",)}  # variant → its parameters other than A and B; a file has them by these names
-FUSED = (LoRA, RsLoRA)  # classes whose update `fused` can compute: s · B A x with a number s
 
 
 def update_of(lora: LoRA, linear: Any, x: Tensor, y: Tensor) -> Tensor:

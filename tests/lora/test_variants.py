@@ -1,5 +1,6 @@
 """The laws of LoRA for its variants: no-op start, merged is hooked, exact restore, the adapter file, several adapters, rows."""
 
+import ast
 import json
 import pickle
 from copy import deepcopy
@@ -20,7 +21,7 @@ from lora_blip.inspection.description import describe
 from lora_blip.lora import adapter_file, attached, header, injection, merging, sites, targets
 from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing import disable_adapters, use_adapters
-from lora_blip.lora.sites import Site
+from lora_blip.lora.sites import Site, modules_of
 from lora_blip.lora.variants import CLASSES, EXTRA, DoRA
 from lora_blip.runtime.setting_checks import VARIANTS
 from lora_blip.tasks.caption import CaptionTask
@@ -424,6 +425,54 @@ def test_an_own_class_of_adapter_is_not_saved_as_another_one(make, tmp_path):
     with pytest.raises(
         AdapterError, match=r"is of the class Diagonal, and a file has only lora, rslora, dora; add the class to"
     ):
+        adapter_file.save(tmp_path / "a.safetensors", backbone)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_a_parameter_that_is_added_to_lora_itself_is_saved_or_refused_before_the_training(
+    variant, as_buffer, make, monkeypatch, tmp_path
+):
+    """Before, the file left it out without a message, and the adapter could not be loaded, or computed something else."""
+    start = LoRA.__init__
+
+    def edited(self: LoRA, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        gate = torch.full((1,), 0.5, device=self.A.device)
+        self.register_buffer("gate", gate) if as_buffer else setattr(self, "gate", nn.Parameter(gate))
+
+    monkeypatch.setattr(LoRA, "__init__", edited)
+    monkeypatch.setattr(LoRA, "forward", lambda self, x, of=LoRA.forward: self.gate * of(self, x))
+    monkeypatch.setattr(LoRA, "delta_weight", lambda self, rows=None, of=LoRA.delta_weight: self.gate * of(self, rows))
+    backbone = make("blip")
+    attached.fast(backbone.model, False)
+    modules = [*backbone.model.named_modules()]
+    with pytest.raises(LoRAError, match=r"(LoRA|DoRA) has gate, which an adapter file would not contain") as caught:
+        injection.inject(backbone, "vit", variant=variant)
+    assert [*backbone.model.named_modules()] == modules
+    assert all(not linear._forward_hooks for linear in modules_of(backbone.model).values())
+    if as_buffer:
+        assert "keep the values in an nn.Parameter of" in str(caught.value)
+        return
+    extra = ast.literal_eval(str(caught.value).split("EXTRA = ")[1])
+    assert extra[variant][-1] == "gate" and extra["dora"][0] == "magnitude"
+    monkeypatch.setitem(EXTRA, variant, extra[variant])
+    for lora in injection.inject(backbone, "vit", variant=variant).values():
+        nn.init.normal_(lora.B)
+        lora.gate.data.fill_(3.0)
+    expected = logits_of(backbone)
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    injection.eject(backbone)
+    adapter_file.load(backbone, path)
+    assert torch.equal(logits_of(backbone), expected)
+
+
+def test_a_parameter_that_is_added_after_inject_is_refused(make, tmp_path):
+    backbone = make("blip")
+    for lora in injection.inject(backbone, "vit").values():
+        lora.gate = nn.Parameter(torch.ones(1))
+        nn.init.normal_(lora.B)
+    with pytest.raises(LoRAError, match="LoRA has gate, which an adapter file would not contain"):
         adapter_file.save(tmp_path / "a.safetensors", backbone)
 
 
