@@ -89,8 +89,14 @@ def suggestion(path: str | Path, others: Iterable[str] = (), folders: bool = Fal
 def nearest_path(path: str | Path, others: Iterable[str] = (), folders: bool = False) -> str:
     """Return the existing path that is most similar to a missing one, or "" if none is similar.
 
-    One part of the path is replaced: the first that does not exist. `others` are compared as whole texts.
+    One part of the path is replaced: the first that does not exist. `others` are compared as whole texts. A path of Windows is
+    first written with slashes.
     """
+    present = os.path.isdir if folders else os.path.exists  # False for a name that is too long, unlike Path.exists
+    if "\\" in str(path) and os.sep == "/":
+        path = str(path).replace("\\", "/")
+        if present(path):
+            return path
     start, missing = Path(path), list[str]()
     while start.name and not os.path.lexists(start):
         missing.insert(0, start.name)
@@ -98,7 +104,6 @@ def nearest_path(path: str | Path, others: Iterable[str] = (), folders: bool = F
     candidates: list[str] = []
     if missing:
         replaced = [Path(start, name, *missing[1:]) for name in _similar(missing[0], _names(start), 3)]
-        present = os.path.isdir if folders else os.path.exists  # False for a name that is too long, unlike Path.exists
         candidates = [str(each) for each in replaced if present(each) and not _is_other_kind(path, each)]
     return next(iter(candidates), "") or next(iter(_similar(str(path), list(others), 1)), "")
 
