@@ -104,15 +104,15 @@ def kind_of(reason: str) -> str:
 def listing(problems: Sequence[Unused]) -> str:
     """Return the first problems as one text, a line for each, and the number of further problems.
 
-    A long advice, which follows the first semicolon of a problem, is written only once.
+    A long advice, which follows the first semicolon of several problems, is written once, after them.
     """
-    lines, seen = list[str](), set[str]()
-    for problem in problems[:LISTED]:
-        short, _, advice = str(problem).partition("; ")
-        text = short if advice in seen and len(advice) > LONG_ADVICE else str(problem)
-        seen.add(advice)
-        lines.append(line_of_list(text) if problems[1:] else text)
-    return "\n".join(lines + [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
+    parts = [str(problem).partition("; ") for problem in problems[:LISTED]]
+    counts = Counter(advice for _, _, advice in parts if len(advice) > LONG_ADVICE)
+    common = [advice for advice, count in counts.items() if count > 1]
+    texts = [short if advice in common else f"{short}{separator}{advice}" for short, separator, advice in parts]
+    lines = list(map(line_of_list, texts)) if problems[1:] else texts
+    lines += [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
+    return "\n".join([*lines, *map(line_of_list, common)])
 
 
 def one_problem(reasons: Sequence[str]) -> str:

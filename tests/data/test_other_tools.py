@@ -373,7 +373,12 @@ def test_a_misspelled_key_of_a_question_gives_no_flag_for_the_text(folder, line,
         (Keys(text="words"), {"image": "1.png", "caption": "a"}, 'did you mean --text-key "caption"?'),
         (Keys(image="Foto"), {"file_name": "1.png", "text": "a"}, 'did you mean --image-key "file_name"?'),
         (Keys(image="pic"), {"image": "1.png", "picture": "2.png", "text": "a"}, 'did you mean --image-key "picture"?'),
-        (Keys(question="ask"), {"image": "1.png", "question": "q?", "answer": "a"}, "it has no 'ask'; its keys are"),
+        (Keys(question="ask"), {"image": "1.png", "question": "q?", "answer": "a"}, "it has no 'ask'"),
+        (
+            Keys(question="ask"),
+            {"image": "1.png", "question": "q?", "answer": "a"},
+            "its keys are 'image', 'question', 'answer'",
+        ),
         (Keys(answer="labl"), {"image": "1.png", "question": "q?", "answer": "a", "label": "b"}, '--answer-key "label"?'),
     ],
 )
