@@ -37,8 +37,9 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 # gradients of the earlier layers from them. If a gradient is rounded to zero there, the earlier layers do not get it either.
 #
 # The remedy is a loss scale S. The backward pass starts with S·L instead of L. The chain rule is linear, so every gradient
-# is multiplied by S. Let g be the gradient of one output before it is rounded, and round(z) the number of fp16 that is nearest to z (if two are equally near, the one whose last bit is 0, so 2⁻²⁵ becomes 0). The backward pass
-# keeps round(S·g):
+# is multiplied by S. Let g be the gradient of one output before it is rounded. Let round(z) be the number of fp16 that is
+# nearest to z. If two numbers are equally near, it is the one whose last bit is 0, so 2⁻²⁵ becomes 0. The backward pass keeps
+# round(S·g):
 #
 # $$\mathrm{round}(S g) = 0 \iff |g| \le \frac{2^{-25}}{S}.$$
 #

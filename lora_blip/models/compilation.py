@@ -48,7 +48,7 @@ def uses_compiled_loss(model: Any) -> bool:
 def mark_sizes(values: Any, images: bool = False) -> None:
     """Let the sizes of tensors change without a new compilation. values: a tensor, or a dataclass with tensors.
 
-    images: only the first size changes. A size of 1 still has a graph of its own, because PyTorch fixes it.
+    images: only the first size changes. A size of 1 still has its own graph, because PyTorch fixes it.
     """
     if isinstance(values, Tensor):
         for dimension in range(1 if images else values.ndim):

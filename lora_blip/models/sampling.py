@@ -1,7 +1,7 @@
 """Random draws of generation that depend on the seed, the image and the prompt of a row, and on nothing else.
 
 transformers draws the tokens of all rows from one generator, so a text depends on the other rows of its batch. Inside
-`RowSampling`, each row has a generator of its own. transformers computes the probabilities as before, with temperature, top-k
+`RowSampling`, each row has its own generator. transformers computes the probabilities as before, with temperature, top-k
 and the other options.
 """
 

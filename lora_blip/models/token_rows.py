@@ -78,7 +78,7 @@ class PaddedRows:
     example: Tensor | None = None  # (texts,) the example of each text; None: text i has example i
     weights: Tensor | None = None  # (texts,) the weight of each text's loss; None: 1
     labels: Labels | None = None  # None: the loss is computed from all logits
-    is_full: bool = False  # True: input_ids has no padding. It is known here, so nobody must read the mask from a GPU
+    is_full: bool = False  # True: input_ids has no padding. It is known here, so no caller reads the mask from a GPU
 
     def to(self, device: torch.device) -> "PaddedRows":
         return moved(self, device)

@@ -8,8 +8,8 @@ def itc_loss(similarity: Tensor, positives: Tensor, temperature: Tensor | float)
     """Return the image-text contrast of each row, (rows,), float32.
 
     similarity: (rows, rows), the cosine of image i and text j. positives: (rows, rows), True if text j describes image i. All
-    positives of a row have the same target probability. With s = similarity / temperature, y the positives of a row divided by
-    their number, and y' those of a column divided by theirs, row i is
+    positives of a row have the same target probability. Let s = similarity / temperature. Let y be the positives, each row
+    divided by its sum, and y' the positives, each column divided by its sum. Then row i of the result is
     ½ (−Σⱼ yᵢⱼ log softmaxⱼ sᵢⱼ − Σⱼ y'ⱼᵢ log softmaxⱼ sⱼᵢ): symmetric cross-entropy (Li et al. 2022, arXiv:2201.12086,
     section 3.2, without the momentum queue).
     """
