@@ -126,12 +126,15 @@ def test_every_file_of_a_list_is_relative_to_the_folder_of_the_script(tmp_path, 
         assert config.annotations.split(",") == [a, b, c] and config.val_annotations == str(folder / "one, two.csv")
     config = parse(InferConfig, {"__file__": str(folder / "infer.py"), "REFERENCES": "a.jsonl,$HOME/x.csv"}, [])
     assert config.references.split(",") == [a, os.path.expandvars("$HOME/x.csv")]
+    question = "which one, ~5 or $HOME,  $6?"  # a setting that may be a path, but not a list
+    assert parse(InferConfig, {"__file__": str(folder / "infer.py"), "QUESTION": question}, []).question == question
 
 
 def test_a_list_of_files_or_columns_is_a_setting_too():
     config = TrainConfig(annotations=["a.jsonl", Path("b.csv")], image_key=["Bild", "Foto"], targets=["vit", "text"])
     assert (config.annotations, config.image_key, config.targets) == ("a.jsonl,b.csv", "Bild|Foto", "vit,text")
     assert InferConfig(references=("a.jsonl",)).references == "a.jsonl"
+    assert TrainConfig(targets=["vit.q,vit.v", "text"]).targets == "vit.q,vit.v,text"
     for wrong in (["a,b.jsonl", "c.jsonl"], ["a.jsonl", 3], []):
         with pytest.raises(ConfigError, match="expected a text"):
             TrainConfig(annotations=wrong)

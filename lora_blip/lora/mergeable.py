@@ -63,10 +63,10 @@ def adds_delta(linear: Any, key: str) -> bool:
     key: the key of the adapter in the stack of the linear. Its own A and B are used, and no dropout.
     """
     lora = copy.deepcopy(linear.lora[key]).to("cpu", torch.float64).eval()
-    x = torch.randn(8, lora.A.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x[4:] *= 100
     first, rows = lora.padding[0], min(64, len(lora.B))
-    with torch.autocast("cpu", enabled=False):
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        x = torch.randn(8, lora.A.shape[1], generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64)
+        x[4:] *= 100
         if isinstance(lora, DoRA):
             weight = original_of(linear).double().cpu()
             bias = None if linear.bias is None else linear.bias.double().cpu()

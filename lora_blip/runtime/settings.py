@@ -4,7 +4,6 @@ import difflib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, field, fields
 from typing import Any, Literal, get_args, get_origin
@@ -71,9 +70,15 @@ def joined(name: str, values: Any) -> Any:
     if name not in SEPARATORS or not isinstance(values, list | tuple) or not values:
         return values
     parts = [str(value) if isinstance(value, os.PathLike) else value for value in values]
-    if any(not isinstance(part, str) or SEPARATORS[name] in part for part in parts):
+    if any(not isinstance(part, str) or (SEPARATORS[name] in part and name != "targets") for part in parts):
         return values
     return SEPARATORS[name].join(parts)
+
+
+def _expanded(path: str) -> str:
+    """Return a path without ~ and variables such as $HOME at its start. Return another text unchanged."""
+    starts = path.strip().startswith(("~", "$"))
+    return os.path.expandvars(os.path.expanduser(path.strip())) if starts else path  # noqa: PTH111
 
 
 def check(config: Any) -> None:
@@ -105,9 +110,9 @@ def check(config: Any) -> None:
             meaning = f": {entry.metadata['doc']}" * (entry.type is str and bool(entry.metadata.get("doc")))
             raise ConfigError(f"{entry.name} = {value!r}: expected {expected}{meaning}")
         if isinstance(value, str):
-            if entry.metadata.get("path") and re.search(r"(^|,)\s*[~$]", value):
-                parts = re.split(r",\s*(?=[~$])", value)
-                value = ",".join(os.path.expandvars(os.path.expanduser(part)) for part in parts)  # noqa: PTH111
+            if entry.metadata.get("path"):
+                parts = value.split(",") if SEPARATORS.get(entry.name) == "," else [value]
+                value = ",".join(map(_expanded, parts))
                 object.__setattr__(config, entry.name, value)
             require("\0" not in value, entry.name, value, "a text without a NUL character")
         elif entry.type in (int, float):

@@ -67,12 +67,23 @@ def test_a_class_with_another_parameter_or_an_error_is_not_the_product():
     assert not is_product(Gated) and not is_product(Broken)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),  # as torch.set_default_device("cuda") does
+    ],
+)
 def test_the_comparison_depends_on_no_mode_and_draws_no_random_number(mode, monkeypatch):
+    linear = nn.Linear(6, 9)
+    injection.inject(nn.Sequential(linear), [Site("0", 2, 3.0)])
+    nn.init.normal_(linear.lora["default"].B)
     monkeypatch.setattr(LoRA, "forward", lambda lora, x: written_out(lora, x) * 1)  # a new function is compared again
     state = torch.get_rng_state()
     with mode():
-        assert is_product(LoRA)
+        assert is_product(LoRA) and adds_delta(linear, "default")
     assert torch.equal(torch.get_rng_state(), state)
 
 
