@@ -236,7 +236,7 @@ for one, other in ((sgd, same_sgd), (adam, same_adam)):
 
 # %% [markdown]
 # In practice the size of A₀ is fixed: no setting of this library scales it. Then α and η are two settings. Multiply α by c and keep A₀.
-# The run is still the same if A and B have different options of Adam: A has η and ε, and B has η/c and c·ε.
+# The run is still the same if A and B have different options of Adam: η and ε for A, and η/c and c·ε for B.
 # If both have the learning rate η/c, A learns c times more slowly. We measure how different this run is after five steps.
 
 # %%

@@ -70,7 +70,7 @@ print(f"r = 1 trains {parameters[1]:,} of {full:,} parameters of these linears: 
 # the ranks changes with the seed (`lessons/spread.md` has all numbers). So this experiment does not say which rank is
 # best. It says that rank 1 is enough for the cubes (8,192 parameters). It has the highest score with seed 0 and the lowest with
 # the seeds 1 and 2. Its mean over the seeds is 95 %. The means of the ranks 2, 8 and 16 are 95 % or 96 %, and that of rank 4 is 98 %.
-# So no larger rank is clearly better, although the rule favours large ranks.
+# So no larger rank is clearly better. And the rule for s favours large ranks.
 #
 # ## The singular values of ΔW
 #

@@ -69,8 +69,8 @@ FIRST_DARK = FirstDarkImage()  # one warning per process
 PNG_START = 8  # bytes of a PNG's signature
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # chunks that do not change a pixel, and may be large
 
-# hide Pillow's warnings: we raise ImageError for each fault that matters
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# hide Pillow's warnings: we raise ImageError for each fault that matters. The filters of the user come first
+warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 

@@ -38,6 +38,8 @@ def refuse_base(adapter: Any, base: Any, processor: Any) -> None:
             'call lora_blip.Captioner.from_adapter("latest", base=backbone), '
             "or lora_blip.Captioner.from_adapter(None, base=backbone)"
         )
+    if not isinstance(base, Loaded | nn.Module) and isinstance(getattr(base, "model", None), nn.Module):
+        raise InputError(f"base is of type {type(base).__name__}; give its model: base=pipe.model")
     if processor is not None and not isinstance(base, nn.Module):
         raise InputError(
             "a processor is given, but the base has its own; leave processor out, or give a model of transformers: "

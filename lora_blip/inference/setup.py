@@ -156,17 +156,18 @@ def require_fit(backbone: Backbone, adapter: Adapter) -> None:
 def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision: str = "fp32") -> None:
     """Load the adapter and its task metadata, merge it if `merge`, and cast the weights to `precision`.
 
-    The hooks stay if the base is quantized, or if `forward` of the adapter's class computes something other than ΔW x.
+    The hooks stay if the base is quantized, or if they add something other than ΔW x, after an edit of `layer.py`.
     """
     model = task.backbone.model
     merge = merge and not quantization(model)
     with phase(f"loading {adapter.path}" + ", and merging it" * merge):
         adapter_file.load(task.backbone, adapter)
-        problem = other_update(model, {path: tuple(linear.lora) for path, linear in attached.adapted_linears(model).items()})
+        keys = {path: tuple(linear.lora) for path, linear in attached.adapted_linears(model).items()}
+        problem = other_update(model, keys) if merge else ""
         if merge and not problem:
             merging.bake(model)
     if problem:
-        print(printable(f"warning: {problem}. Predictions use your `forward`, without a merge"), flush=True)
+        print(printable(f"warning: {problem}, so the adapter is not merged, and the hook predicts"), flush=True)
     weights.cast_once(task.backbone, precision)
     if adapter.task.get("name") == task.name:
         task.load_metadata(adapter.task)

@@ -53,6 +53,7 @@ def inspect(config: InspectConfig) -> None:
     from lora_blip.inspection.measurement import base_of, compare, measure
     from lora_blip.inspection.terminal import printed
     from lora_blip.lora import adapter_file
+    from lora_blip.lora.formula import other_formula
     from lora_blip.reports import inspection
 
     adapters = [adapter_file.read(runs.locate(path)) for path in config.adapters]
@@ -60,7 +61,8 @@ def inspect(config: InspectConfig) -> None:
     for adapter in adapters:
         weights, note = base_of(adapter, config.model)
         notes += [adapter.note] * bool(adapter.note)
-        notes += [note] * (bool(note) and note not in notes)
+        formula = other_formula(adapter.variant)
+        notes += [each for each in (note, formula and f"wrong numbers: {formula}") if each and each not in notes]
         views.append(inspection.AdapterView(str(adapter.path), describe(adapter), measure(adapter, weights)))
     pairs, alone = compare(*adapters) if len(adapters) == 2 else ([], [])
     page = inspection.Inspection(views, notes, pairs, alone)

@@ -220,7 +220,6 @@ def attach(
     where = "meta" if values is not None or device.type == "meta" else "cpu"
     lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, where)
     refuse_other_parameters(lora)
-    is_product(type(lora))  # the result is cached: a later call may be inside torch.compile or a transform
     if not has_adapters(linear):
         stack = AdapterStack()
         stack.routing = routing or AdapterRouting()
@@ -236,6 +235,7 @@ def attach(
         if values is None:
             lora.start_at(original_of(linear))
         linear.lora.routing.has_dora = linear.lora.routing.used = True
+    is_product(lora)  # now, because a later call may be inside torch.compile or a transform
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
 

@@ -19,6 +19,7 @@ from lora_blip.errors import AdapterError
 from lora_blip.lora.adapter_file import Adapter, digest, write
 from lora_blip.lora.adapter_tensors import check_values
 from lora_blip.lora.fingerprint import same_weights
+from lora_blip.lora.formula import other_formula
 from lora_blip.lora.header import entry_of, version_of
 from lora_blip.lora.sites import MOST_RANK, Site
 from lora_blip.lora.spectrum import delta_svd
@@ -120,6 +121,8 @@ def check_blendable(first: Adapter, other: Adapter) -> None:
             f"{other.path} is DoRA, which also scales the rows of each weight, so its change is no product B A of a low rank. "
             'Blend adapters of VARIANT = "lora" or "rslora"'
         )
+    if problem := other_formula(other.variant):
+        raise AdapterError(f"{other.path} cannot be blended: {problem}")
     facts: list[tuple[str, object, object]] = [
         ("task", quoted(first.task.get("name", "")), quoted(other.task.get("name", ""))),
         ("image size", first.image_size or other.image_size, other.image_size or first.image_size),

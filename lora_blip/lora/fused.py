@@ -16,7 +16,7 @@ there. It is also not used if gradients are off, or if its result could differ:
 - there is dropout, or not every adapter acts on every row;
 - a weight is quantized or merged, or the linear has other hooks;
 - a base in 16 bits is trained without autocast, or the input of the linear is given by keyword;
-- the adapter has hooks, or its `forward` computes something else (`is_product`);
+- the adapter has hooks, or `lora_hook` adds something else for it, after an edit (`is_product`);
 - the call is inside a transform of torch.func, or under torch.compile, which fuses kernels itself.
 
 In some of these cases `short_update` runs (see `is_short`), for example for a small linear with one adapter. It has fewer
@@ -26,7 +26,7 @@ The fused update has no second derivatives: to compute them, call `attached.fast
 """
 
 import threading
-from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from lora_blip.kernels import paths
 from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, as_autocast, can_bypass, in_transform, product
 from lora_blip.kernels.plain import is_plain
-from lora_blip.lora.layer import lora_hook
+from lora_blip.lora.layer import AdapterStack, lora_hook
 from lora_blip.lora.sites import Site
 
 
@@ -63,7 +63,7 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     if stack.merged or not can_bypass(linear, own_hooks=1):  # one pre-hook and one hook: ours
         return None
-    if any(not is_product(type(lora)) or (lora.dropout and lora.training) or is_changed(lora) for lora in stack.values()):
+    if any(not is_product(lora) or (lora.dropout and lora.training) or is_changed(lora) for lora in stack.values()):
         return None
     if in_transform():
         return None
@@ -88,46 +88,56 @@ def is_short(linear: Any, args: tuple[Any, ...], output: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_plain() or (routing.used and not routing.all_act_on_all_rows):
         return False
     (lora,) = stack.values()
-    if not is_product(type(lora)) or any(lora.padding) or (lora.dropout and lora.training) or is_changed(lora):
+    if not is_product(lora) or any(lora.padding) or (lora.dropout and lora.training) or is_changed(lora):
         return False
     if torch.is_autocast_enabled(output.device.type):
         return bool(output.dtype == torch.get_autocast_dtype(output.device.type))
     return bool(args[0].dtype == output.dtype == lora.A.dtype)  # else `lora_hook` computes the update in float32
 
 
-def is_product(kind: Any) -> bool:
-    """Return True if `forward` of a class computes s · B A x with s = `scale`, up to dropout, and has no other parameter.
+def is_product(lora: Any) -> bool:
+    """Return True if `lora_hook` adds s · B A x for an adapter, up to dropout, and if it has no other parameter.
 
-    Then the fused update may replace it.
+    Then the fused update may replace the hook. The result is kept in the adapter: the comparison takes a millisecond.
     """
-    return _is_product(kind, kind.__init__, kind.forward)
+    kind, result = vars(lora).get("product", (None, False))
+    if kind is not type(lora):
+        result = _is_product(type(lora), lora.site, lora.A.shape[1], len(lora.B) + sum(lora.padding))
+        lora.product = type(lora), result
+    return bool(result)
 
 
-@cache
-def _is_product(kind: Any, *_methods: Any) -> bool:
-    """Compare `forward` and its gradients with the formula, once per class, for random A, B and x. An error counts as False."""
-    site = Site("", 3, 2.0, "block", (1, 5))
+def _is_product(kind: Any, site: Site, in_features: int, out_features: int) -> bool:
+    """Compare the hook and its gradients with the formula, for a new adapter of a site and random A, B and x.
+
+    An error counts as False: the hook then raises it again.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     try:
         with (
             torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
             torch.random.fork_rng([]),
         ):  # fmt: skip
-            lora = kind(site, 4, 6).double()
+            lora = kind(site, in_features, out_features).double()
             if {name for name, _ in lora.named_parameters()} != {"A", "B"}:
                 return False
-            for parameter in lora.parameters():
-                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            x = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+            for half in (lora.A, lora.B):
+                half.data = torch.randn(half.shape, generator=generator, dtype=torch.float64)
+            x, y, weights = (
+                torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
+                for width in (in_features, out_features, out_features)
+            )
             x[1] *= 1000  # for a function that acts on large values only
-            x.requires_grad_()
-            weights = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
-            formula = nn.functional.pad(x @ lora.A.T @ lora.B.T * lora.scale, (1, 1))
-            expected = formula, *torch.autograd.grad((formula * weights).sum(), (x, lora.A, lora.B))
+            inputs = x.requires_grad_(), y.requires_grad_(), lora.A, lora.B
+            formula = y + nn.functional.pad(x @ lora.A.T @ lora.B.T * lora.scale, lora.padding)
+            expected = formula, *torch.autograd.grad((formula * weights).sum(), inputs)
+            linear = SimpleNamespace(lora=AdapterStack())
+            linear.lora["default"] = lora
             for training in (True, False):
-                update = lora.train(training)(x)
-                computed = update, *torch.autograd.grad((update * weights).sum(), (x, lora.A, lora.B))
-                if not all(map(torch.allclose, computed, expected)):
+                lora.train(training)
+                output = lora_hook(linear, (x,), {}, y)
+                computed = output, *torch.autograd.grad((output * weights).sum(), inputs)
+                if not all(torch.allclose(one, other, rtol=1e-6) for one, other in zip(computed, expected, strict=True)):
                     return False
     except Exception:
         return False

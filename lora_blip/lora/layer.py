@@ -12,7 +12,7 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
 `inject` does this for every target, and freezes all parameters that belong to no adapter. By default, `fused_hook` replaces
-`lora_hook`: it computes the same in fewer operations or with less memory. If you edit `forward`, it calls `lora_hook`.
+`lora_hook`: it computes the same in fewer operations or with less memory. After an edit, `lora_hook` runs.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W).
 Then `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (files).
@@ -67,7 +67,7 @@ class LoRA(nn.Module):
 def lora_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """Return y + Σ (alpha / r) · B A x over the adapters that are not merged. `use_adapters` can choose among them."""
     stack, x = linear.lora, input_of(args, kwargs)
-    if stack.routing is not None and stack.routing.used:  # an adapter is off, acts on some rows only, or is of DoRA
+    if stack.routing is not None and stack.routing.used:  # an adapter is off, acts on some rows only, or is a DoRA
         return cast(Tensor, stack.routing.add_updates(linear, x, output))
     for key, adapter in stack.items():
         if key not in stack.merged:

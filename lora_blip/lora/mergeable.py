@@ -1,7 +1,5 @@
 """Check that updates can be written into the weights. All linears are checked before a weight is changed."""
 
-import copy
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -13,9 +11,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import PLAIN_FORWARDS, PLAIN_TENSORS
 from lora_blip.lora.attached import OURS
-from lora_blip.lora.fused import is_product
+from lora_blip.lora.formula import adds_delta
 from lora_blip.lora.sites import is_quantized, modules_of, name_of, refuse_meta
-from lora_blip.lora.variants import DoRA, change_of, original_of
 
 
 def check_mergeable(model: nn.Module, keys: Mapping[str, Collection[str]]) -> None:
@@ -31,55 +28,24 @@ def check_mergeable(model: nn.Module, keys: Mapping[str, Collection[str]]) -> No
                 "Use the adapter unmerged, or give it its own weight: linear.weight = nn.Parameter(linear.weight.clone())"
             )
     if problem := other_update(model, keys):
-        raise LoRAError(problem)
+        raise LoRAError(f"{problem}, so a merge would change the results; change both, or use the adapter unmerged")
 
 
-@torch.no_grad()
 def other_update(model: nn.Module, keys: Mapping[str, Collection[str]]) -> str:
-    """Return why a merge would change the results, or "" if the updates of the hooks are ΔW x. keys: {path: keys in its stack}.
+    """Return how the hooks differ from ΔW x, or "" if they add ΔW x. keys: {path: keys in its stack}.
 
-    The updates differ if a user has edited `forward` of a class and not its `delta_weight`, or the other way round. One
-    adapter of each class is compared: the one with the largest value in B.
+    They differ if a user has edited `forward` of a class, or the hook, and not `delta_weight`, or the other way round.
     """
     modules: Mapping[str, Any] = modules_of(model)
-    largest: dict[type, tuple[float, str, str]] = {}
     for path, own in keys.items():
         for key in own:
-            kind, size = type(modules[path].lora[key]), largest_of(modules[path].lora[key].B)
-            largest[kind] = max(largest.get(kind, (0.0, "", "")), (size, path, key))
-    for kind, (_, path, key) in largest.items():
-        if path and not adds_delta(modules[path], key):
-            return (
-                f"`forward` and `delta_weight` of {kind.__name__} differ, so a merge would change the results: the hook of "
-                f"adapter {name_of(key)!r} on {path!r} adds something other than ΔW x. Change both, or use the adapter unmerged"
-            )
+            if not adds_delta(modules[path], key):
+                kind = type(modules[path].lora[key]).__name__
+                return (
+                    f"`forward` and `delta_weight` of {kind} differ: the hook of adapter {name_of(key)!r} on {path!r} adds "
+                    "something other than ΔW x"
+                )
     return ""
-
-
-@torch.no_grad()
-def adds_delta(linear: Any, key: str) -> bool:
-    """Return True if the update of an adapter is ΔW x, up to rounding, for eight random inputs x and 64 rows of ΔW.
-
-    key: the key of the adapter in the stack of the linear. Its own A and B are used, and no dropout.
-    """
-    lora = copy.deepcopy(linear.lora[key]).to("cpu", torch.float64).eval()
-    first, rows = lora.padding[0], min(64, len(lora.B))
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        x = torch.randn(8, lora.A.shape[1], generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64)
-        x[4:] *= 100
-        if isinstance(lora, DoRA):
-            weight = original_of(linear).double().cpu()
-            bias = None if linear.bias is None else linear.bias.double().cpu()
-            updated = lora.update(x, F.linear(x, weight, bias), weight, bias)
-            change = change_of(lora, weight)[first : first + rows]
-        else:
-            updated = lora(x)
-            is_plain = is_product(type(lora))  # then the other rows need not be computed
-            change = lora.delta_weight(slice(rows)) if is_plain else lora.delta_weight()[first : first + rows]
-        expected: Tensor = F.linear(x, change.double())
-    difference = float((updated[:, first : first + rows] - expected).abs().max())
-    terms = abs(lora.scale) * float(lora.B.abs().max()) * float(F.linear(x, lora.A).abs().max())
-    return not math.isfinite(difference) or difference <= 1e-3 * float(expected.abs().max()) + 1e-9 * terms
 
 
 def check_stored(path: str, linear: Any, effect: str = "the original weight cannot be put back; first") -> None:

@@ -215,7 +215,7 @@ def bound_of(linear: Any, keys: frozenset[str]) -> float:
     bound is infinite or NaN.
     """
     loras = [linear.lora[key] for key in keys]
-    if not all(is_product(type(lora)) for lora in loras):
+    if not all(map(is_product, loras)):
         return math.inf
     # max(NaN, 1.0) is NaN in this order
     updates = (max(abs(lora.scale), 1.0) * len(lora.A) * largest_of(lora.B) * largest_of(lora.A) for lora in loras)
@@ -243,7 +243,7 @@ def adds_in_place(linear: Any, keys: frozenset[str]) -> bool:
     """Return True if W + ΔW is one float32 sum, which `add_in_place` computes without a copy of W."""
     loras = [linear.lora[key] for key in keys]
     float32 = all(tensor.dtype == torch.float32 for lora in loras for tensor in (linear.weight, lora.A, lora.B))
-    return float32 and len(loras) == 1 and is_product(type(loras[0]))
+    return float32 and len(loras) == 1 and is_product(loras[0])
 
 
 def add_in_place(weight: Tensor, lora: LoRA) -> None:

@@ -18,6 +18,7 @@ from lora_blip.lora.header import HeaderError, sites_of, version_of
 from lora_blip.lora.peft_config import EMBEDDINGS, LARGEST, MERGE, MOST_NAMES, TASK_OF, PeftConfig, parse_config
 from lora_blip.lora.peft_names import Key, canonical, parse_key
 from lora_blip.lora.sites import Site
+from lora_blip.lora.variants import EXTRA
 from lora_blip.runtime.runs import PEFT_CONFIG
 from lora_blip.runtime.untrusted import open_regular, quoted
 
@@ -45,6 +46,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safetensors.safe_open(path, "pt") as file:
         keys = _keys(list(file.keys()), config)
         sites = [_site(module, halves, config, file) for module, halves in keys.items()]
+        if extra := set(EXTRA.get(sites[0].variant, ())) - {"magnitude"}:
+            raise HeaderError(f"it lacks {' and '.join(sorted(extra))}, which the class of {sites[0].variant} here has")
         metadata = _metadata(sites, config, (file.metadata() or {}).get(OWN))
         tensors = {
             f"{canonical(module)}.{half if half == 'magnitude' else f'lora_{half}'}": file.get_tensor(key).float().contiguous()

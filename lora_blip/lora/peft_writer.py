@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_blip.lora.formula import other_formula
 from lora_blip.lora.header import HeaderError
 from lora_blip.lora.peft_format import OWN
 from lora_blip.lora.peft_names import PARTS, PREFIX
@@ -49,6 +50,8 @@ def updates_of(
     weight_of: returns the weight of a linear in the base, or None if the base is not there. It is needed for the magnitudes of
     rows that no block reaches, and for the number of rows of a block that is no third of a qkv. Raise HeaderError without it.
     """
+    if problem := other_formula(sites[0].variant):
+        raise HeaderError(f"it cannot be written for peft: {problem}")
     groups: dict[str, list[Site]] = {}
     for site in sites:
         groups.setdefault(site.module, []).append(site)

@@ -86,9 +86,8 @@ def fit_processor(image_processor: Any, size: int, name: str) -> str:
         return ""
     before = _described(image_processor, sizes)
     crop = image_processor.do_resize and getattr(image_processor, "do_center_crop", None) and image_processor.crop_size
-    sides = (
-        {key: max(size, round(value * size / crop.height)) for key, value in dict(image_processor.size).items()} if crop else {}
-    )
+    height = dict(crop)["height"] if crop else 0  # a SizeDict, or a dict that the user has set
+    sides = {key: max(size, round(value * size / height)) for key, value in dict(image_processor.size).items()} if crop else {}
     if sides and max(sides.values()) <= LARGEST:
         image_processor.size, image_processor.crop_size = SizeDict(**sides), SizeDict(height=size, width=size)
     else:

@@ -10,6 +10,8 @@ from tqdm import tqdm  # comes with transformers
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.lora import merging
+from lora_blip.lora.attached import adapted_linears
+from lora_blip.lora.mergeable import other_update
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.progress import track
@@ -83,9 +85,13 @@ def validate(
 def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str, float]:
     """Compare the logits of a batch with merged weights and with hooks, in the precision of training.
 
-    Return the largest absolute difference and the largest absolute logit.
+    Return the largest absolute difference and the largest absolute logit. Print why, and return {}, if a merge is not possible
+    after an edit of `layer.py`.
     """
     model = task.backbone.model.eval()
+    if problem := other_update(model, {path: tuple(linear.lora) for path, linear in adapted_linears(model).items()}):
+        tqdm.write(f"warning: {problem}, so predictions do not merge this adapter")
+        return {}
     with uncompiled(model), autocast():
         hooked = task.logits(batch).float()
         merging.merge(model)

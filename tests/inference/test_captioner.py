@@ -28,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageSequence
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.image_utils import SizeDict
 from transformers.initialization import no_tie_weights
 
 import lora_blip
@@ -47,7 +48,7 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.tasks.verification_record import is_verified
 from tests.support import tiny
-from tests.support.api import make_workplace, save_adapter
+from tests.support.api import ROOT, make_workplace, save_adapter
 from tests.support.models import carry, inject
 from tests.support.runs import adapter_of
 
@@ -1249,3 +1250,48 @@ def test_a_damaged_newest_run_is_an_error_and_not_replaced_by_an_older_one(check
     new.write_bytes(damaged)
     with pytest.raises(AdapterError, match=r"new/adapter\.safetensors"):
         Captioner.from_adapter("latest", task="caption", device="cpu")
+
+
+def test_the_filters_of_the_user_for_warnings_of_pillow_come_first():
+    """Before, a service that refuses large uploads by a filter accepted them after the import of the captioner."""
+    code = """
+import io, warnings
+from PIL import Image
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+import lora_blip
+lora_blip.Captioner
+upload = io.BytesIO()
+Image.new("1", (10000, 10000)).save(upload, "PNG")
+try:
+    Image.open(upload).load()
+except Image.DecompressionBombWarning:
+    print("refused")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "refused"
+
+
+def test_a_pipeline_as_the_base_names_its_model(make):
+    from types import SimpleNamespace
+
+    pipeline = SimpleNamespace(model=make("blip").model)
+    for options in ({}, {"processor": object()}):
+        with pytest.raises(InputError, match=r"base is of type SimpleNamespace; give its model: base=pipe\.model"):
+            Captioner.from_adapter(None, base=pipeline, **options)
+
+
+def test_a_crop_size_that_the_user_has_set_as_a_dict(workplace, monkeypatch):
+    """Before, it was an AttributeError. transformers itself accepts the dict."""
+    from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
+
+    monkeypatch.chdir(workplace)
+    base = str(workplace / "assets" / "tiny-blip")
+    model = BlipForConditionalGeneration.from_pretrained(base)
+    texts = []
+    for crop_size in ({"height": 48, "width": 48}, SizeDict(height=48, width=48)):
+        image_processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+        image_processor.do_center_crop, image_processor.crop_size = True, crop_size
+        parts = {"tokenizer": AutoTokenizer.from_pretrained(base), "image_processor": image_processor}
+        processor = type("Processor", (), parts)()
+        texts.append(Captioner.from_adapter(None, base=model, processor=processor)("image_test/000.png").text)
+    assert texts[0] == texts[1]

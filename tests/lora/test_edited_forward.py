@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_blip.conversion.command import write_peft
+from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.kernels import paths
-from lora_blip.lora import attached, injection
+from lora_blip.lora import adapter_file, attached, blending, formula, fused, injection, layer, merging, peft_writer
+from lora_blip.lora.formula import adds_delta, other_formula
 from lora_blip.lora.fused import is_product
+from lora_blip.lora.header import HeaderError
 from lora_blip.lora.layer import LoRA
-from lora_blip.lora.mergeable import adds_delta
 from lora_blip.lora.sites import Site
-from lora_blip.lora.variants import CLASSES, RsLoRA
+from lora_blip.lora.variants import CLASSES, EXTRA, RsLoRA
 
-ORIGINAL = LoRA.forward
+ORIGINAL, HOOK = LoRA.forward, layer.lora_hook
 
 
 def written_out(lora: LoRA, x: Tensor) -> Tensor:
@@ -42,16 +45,52 @@ EDITS: dict[str, Callable[[LoRA, Tensor], Tensor]] = {
 }
 
 
+def new(kind: type[LoRA], module: str = "fc1", **options: Any) -> LoRA:
+    return kind(Site(module, 3, 2.0, **options), 4, 6)
+
+
 def test_the_classes_of_lora_compute_the_product_and_dora_does_not(monkeypatch):
-    assert {name: is_product(kind) for name, kind in CLASSES.items()} == {"lora": True, "rslora": True, "dora": False}
+    found = {name: is_product(new(kind, variant=name)) for name, kind in CLASSES.items()}
+    assert found == {"lora": True, "rslora": True, "dora": False}
     monkeypatch.setattr(LoRA, "forward", written_out)
-    assert is_product(LoRA) and is_product(RsLoRA)
+    assert is_product(new(LoRA)) and is_product(new(RsLoRA, variant="rslora"))
+    assert is_product(new(LoRA, block="q", rows=(2, 4)))
 
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_forward_is_not_the_product(edit, monkeypatch):
     monkeypatch.setattr(LoRA, "forward", EDITS[edit])
-    assert not is_product(LoRA) and not is_product(RsLoRA)
+    assert not is_product(new(LoRA)) and not is_product(new(RsLoRA, variant="rslora"))
+
+
+def test_a_forward_may_depend_on_the_layer(monkeypatch):
+    """Before, one adapter of each class was compared, so an edit for some layers was trained and not used for predictions."""
+    monkeypatch.setattr(LoRA, "forward", lambda lora, x: ORIGINAL(lora, x) * (4 if lora.site.module == "2" else 1))
+    model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6))
+    for lora in injection.inject(model, [Site("0", 2, 3.0), Site("2", 2, 3.0)]).values():
+        nn.init.normal_(lora.B, std=10.0 if lora.site.module == "0" else 0.1)
+    assert is_product(model[0].lora["default"]) and not is_product(model[2].lora["default"])
+    with pytest.raises(LoRAError, match="on '2' adds something other than ΔW x"):
+        merging.merge(model)
+
+
+@pytest.mark.parametrize("edit", ["adds the update twice", "doubles y"])
+def test_the_hook_may_be_edited_too(edit, monkeypatch):
+    """Before, predictions merged the update once, without a message."""
+
+    def edited(linear: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        if edit == "doubles y":
+            return HOOK(linear, args, kwargs, 2 * output)
+        return HOOK(linear, args, kwargs, HOOK(linear, args, kwargs, output))
+
+    for module in (layer, fused, formula, attached):
+        monkeypatch.setattr(module, "lora_hook", edited)
+    model = nn.Sequential(nn.Linear(6, 9))
+    (lora,) = injection.inject(model, [Site("0", 2, 3.0)]).values()
+    nn.init.normal_(lora.B)
+    assert not is_product(lora) and not formula.adds_delta(model[0], "default")
+    with pytest.raises(LoRAError, match="`forward` and `delta_weight` of LoRA differ"):
+        merging.bake(model)
 
 
 def test_a_class_with_another_parameter_or_an_error_is_not_the_product():
@@ -64,7 +103,7 @@ def test_a_class_with_another_parameter_or_an_error_is_not_the_product():
         def forward(self, x: Tensor) -> Tensor:
             return x.no_such_name
 
-    assert not is_product(Gated) and not is_product(Broken)
+    assert not is_product(new(Gated)) and not is_product(new(Broken))
 
 
 @pytest.mark.parametrize(
@@ -81,9 +120,10 @@ def test_the_comparison_depends_on_no_mode_and_draws_no_random_number(mode, monk
     injection.inject(nn.Sequential(linear), [Site("0", 2, 3.0)])
     nn.init.normal_(linear.lora["default"].B)
     monkeypatch.setattr(LoRA, "forward", lambda lora, x: written_out(lora, x) * 1)  # a new function is compared again
+    lora = new(LoRA)
     state = torch.get_rng_state()
     with mode():
-        assert is_product(LoRA) and adds_delta(linear, "default")
+        assert is_product(lora) and adds_delta(linear, "default")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -122,3 +162,36 @@ def test_an_edited_forward_differs_from_delta_weight(edit, rows, monkeypatch):
         monkeypatch.setattr(LoRA, "forward", EDITS[edit])
     same = edit in (None, "no gradient of A", "noise in training")  # the noise is off in eval mode
     assert adds_delta(linear, key) is same
+
+
+def test_commands_on_files_refuse_a_class_whose_formula_they_do_not_know(monkeypatch, make, tmp_path):
+    """Before, `blend` and `convert` left out a parameter of the class, and `blend` reported the result as exact."""
+    assert [other_formula(variant) for variant in CLASSES] == ["", "", ""]
+    backbone = make("blip")
+    for lora in injection.inject(backbone, "vit").values():
+        nn.init.normal_(lora.B)
+    adapter = adapter_file.read(adapter_file.save(tmp_path / "a.safetensors", backbone))
+    for edit in ("forward", "parameter"):
+        with monkeypatch.context() as edited:
+            if edit == "forward":
+                edited.setattr(LoRA, "forward", with_relu)
+            else:
+                edited.setitem(EXTRA, "lora", ("gate",))
+            assert other_formula("lora").endswith("but the class LoRA here computes something else")
+            with pytest.raises(AdapterError, match="cannot be blended: this computes lora by its formula, but the class LoRA"):
+                blending.blend([adapter], [0.5], 0)
+            with pytest.raises(HeaderError, match="it cannot be written for peft: this computes lora by its formula"):
+                peft_writer.updates_of(adapter.sites, adapter.tensors)
+
+
+def test_a_file_of_peft_lacks_a_parameter_of_the_class_here(monkeypatch, make, tmp_path):
+    backbone = make("blip")
+    for lora in injection.inject(backbone, "vit").values():
+        nn.init.normal_(lora.B)
+    adapter = adapter_file.read(adapter_file.save(tmp_path / "a.safetensors", backbone))
+    (folder := tmp_path / "peft").mkdir()
+    path = write_peft(folder, adapter)
+    assert adapter_file.read(path).sites
+    monkeypatch.setitem(EXTRA, "lora", ("gate",))
+    with pytest.raises(AdapterError, match="it lacks gate, which the class of lora here has"):
+        adapter_file.read(path)
