@@ -26,9 +26,10 @@ def adds_delta(linear: Any, key: str) -> bool:
     """
     lora = copy.deepcopy(linear.lora[key]).to("cpu", torch.float64).eval()
     first, rows = lora.padding[0], min(64, len(lora.B))
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        generator = torch.Generator("cpu").manual_seed(0)
-        x = torch.randn(8, lora.A.shape[1], generator=generator, dtype=torch.float64)
+    with torch.autocast("cpu", enabled=False):
+        generator, out_features = torch.Generator("cpu").manual_seed(0), len(lora.B) + sum(lora.padding)
+        widths = lora.A.shape[1], out_features
+        x, y = (torch.randn(8, width, generator=generator, dtype=torch.float64, device="cpu") for width in widths)
         x[4:] *= 100
         if isinstance(lora, DoRA):
             weight = original_of(linear).double().cpu()
@@ -37,7 +38,6 @@ def adds_delta(linear: Any, key: str) -> bool:
             update = lora.update(x, F.linear(x, weight, bias), weight, bias)
         else:  # if `is_product`, the other rows need not be computed
             change = lora.delta_weight(slice(rows)) if is_product(lora) else lora.delta_weight()[first : first + rows]
-            y = torch.randn(8, len(lora.B) + sum(lora.padding), generator=generator, dtype=torch.float64)
             y *= max(float(F.linear(x, change.double()).abs().max()), torch.finfo(torch.float32).tiny)
             stack = AdapterStack()
             stack["default"] = lora

@@ -114,19 +114,15 @@ def _is_product(kind: Any, site: Site, in_features: int, out_features: int) -> b
     """
     generator = torch.Generator("cpu").manual_seed(0)
     try:
-        with (
-            torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
-            torch.random.fork_rng([]),
-        ):  # fmt: skip
-            lora = kind(site, in_features, out_features).double()
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            lora = kind(site, in_features, out_features, device="meta")  # this draws no random number
             if {name for name, _ in lora.named_parameters()} != {"A", "B"}:
                 return False
-            for half in (lora.A, lora.B):
-                half.data = torch.randn(half.shape, generator=generator, dtype=torch.float64)
-            x, y, weights = (
-                torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
-                for width in (in_features, out_features, out_features)
+            shapes = (2, 3, in_features), (2, 3, out_features), (2, 3, out_features), lora.A.shape, lora.B.shape
+            x, y, weights, A, B = (
+                torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes
             )
+            lora.A, lora.B = nn.Parameter(A), nn.Parameter(B)
             x[1] *= 1000  # for a function that acts on large values only
             inputs = x.requires_grad_(), y.requires_grad_(), lora.A, lora.B
             formula = y + nn.functional.pad(x @ lora.A.T @ lora.B.T * lora.scale, lora.padding)
