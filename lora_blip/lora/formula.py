@@ -20,7 +20,7 @@ from lora_blip.lora.variants import CLASSES, EXTRA, DoRA, change_of, original_of
 
 @torch.no_grad()
 def adds_delta(linear: Any, key: str) -> bool:
-    """Return True if the hook of an adapter adds ΔW x, up to rounding, for eight random inputs x and 64 rows of ΔW.
+    """Return True if the hook of an adapter adds ΔW x, up to rounding, for 16 random inputs x and 64 rows of ΔW.
 
     key: the key of the adapter in the stack of the linear. Its own A and B are used, and no dropout.
     """
@@ -29,8 +29,8 @@ def adds_delta(linear: Any, key: str) -> bool:
     with torch.autocast("cpu", enabled=False):
         generator, out_features = torch.Generator("cpu").manual_seed(0), len(lora.B) + sum(lora.padding)
         widths = lora.A.shape[1], out_features
-        x, y = (torch.randn(8, width, generator=generator, dtype=torch.float64, device="cpu") for width in widths)
-        x[4:] *= 100
+        x, y = (torch.randn(16, width, generator=generator, dtype=torch.float64, device="cpu") for width in widths)
+        x[8:] *= 100
         if isinstance(lora, DoRA):
             weight = original_of(linear).double().cpu()
             bias = None if linear.bias is None else linear.bias.double().cpu()
