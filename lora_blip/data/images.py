@@ -71,6 +71,7 @@ PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # chunks that do not change a 
 
 # hide Pillow's warnings: we raise ImageError for each fault that matters. The filters of the user come first
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
+warnings.filterwarnings("ignore", category=ResourceWarning, module=r"PIL\.")  # Pillow leaves files of TIFF open
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 

@@ -17,7 +17,7 @@ LARGEST = {  # largest sensible values, by setting
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
 }  # fmt: skip
 SEPARATORS = {  # settings that may be a list, and what separates its items in a text
-    "targets": ",", "annotations": ",", "val_annotations": ",", "references": ",", "train_annotations": ",",
+    "targets": ",", "source": ",", "annotations": ",", "val_annotations": ",", "references": ",", "train_annotations": ",",
     "image_key": "|", "text_key": "|", "question_key": "|", "answer_key": "|",
 }  # fmt: skip
 ADDED = {
