@@ -17,6 +17,7 @@ from lora_blip.runtime.settings import SEPARATORS, joined, settings_of
 from lora_blip.runtime.similar_names import OTHER_NAMES, corrected, flag_meant, nearest
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import pasteable
+from lora_blip.runtime.user_paths import exists
 
 Settings = TypeVar("Settings")
 MOST_WORDS = 40  # of a command that a message corrects
@@ -188,8 +189,8 @@ def _resolve_paths(script: dict[str, Any], kind: Any, values: dict[str, Any]) ->
             continue  # an embedded base: `load_backbone` finds it from every folder, and adapter files contain this name
         resolve = entry.metadata.get("path", "always")  # the field `runs` is not a setting, but it is a path
         value = joined(entry.name, value)
-        if isinstance(value, str) and value and (resolve == "always" or (resolve and _exists(folder / value))):
-            several = SEPARATORS.get(entry.name) == "," and not _exists(folder / value)
+        if isinstance(value, str) and value and (resolve == "always" or (resolve and exists(folder / value))):
+            several = SEPARATORS.get(entry.name) == "," and not exists(folder / value)
             parts = [part.strip() for part in value.split(",")] if several else [value]
             values[entry.name] = ",".join(_below(folder, part) for part in parts)
     return values
@@ -202,19 +203,12 @@ def _below(folder: Path, path: str) -> str:
 
 def _refuse_escapes(name: str, value: Any) -> None:
     """Raise ConfigError for a path such as "my\\test", in which Python reads the backslash and the t as a tab."""
-    if isinstance(value, str) and ESCAPES.search(value) and not _exists(Path(value)):
+    if isinstance(value, str) and ESCAPES.search(value) and not exists(Path(value)):
         meant = value.translate(LETTERS)
         raise ConfigError(
             f"{name.upper()} contains {ascii(ESCAPES.findall(value)[0])[1:-1]}, which Python reads as one character; write the "
             f'path with slashes, "{pasteable(meant)}", or as a raw string, r"{pasteable(meant.replace("/", chr(92)))}"'
         )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a long text, or a text with a NUL character
-        return False
 
 
 def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
@@ -256,7 +250,7 @@ def _refuse_flags(
         flag = unknown[0]
         path = next((entry.name for entry in known if entry.metadata.get("path") == "always"), "")
         fix = "write a value after its flag (--batch-size 8), and quotes around a text with spaces"
-        if path and not arguments and _exists(Path(flag)):
+        if path and not arguments and exists(Path(flag)):
             fix = f"did you mean {_flag(path)} {quoted_for_shell(flag)}?"
         raise ConfigError(f"{flag!r} is not a flag, and does not follow a flag; {fix}")
     name = wrong.partition("=")[0]

@@ -1,7 +1,8 @@
 """Recognize the annotations of a training again: an adapter file contains their path, and a digest of their content."""
 
 import hashlib
-from pathlib import Path
+
+from lora_blip.runtime.user_paths import paths_of
 
 END = 2**20  # bytes at the start and at the end of a file that are read, because tables may have many gigabytes
 
@@ -11,10 +12,9 @@ def source_digest(source: str) -> str:
 
     It covers the size of each file, and its first and last MiB.
     """
-    paths = [Path(source)] if Path(source).exists() else [Path(part.strip()) for part in source.split(",") if part.strip()]
     digest = hashlib.sha256()
     try:
-        for path in paths:
+        for path in paths_of(source):
             if not path.is_file():
                 return ""
             with path.open("rb") as file:

@@ -26,7 +26,7 @@ from lora_blip.inference.questions import (
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.fit import check_fit
-from lora_blip.lora.mergeable import other_update
+from lora_blip.lora.mergeable import OtherUpdateError
 from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.lora.sites import quantization
 from lora_blip.metrics.names import validation_score
@@ -158,16 +158,16 @@ def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision
 
     The hooks stay if the base is quantized, or if they add something other than ΔW x, after an edit of `layer.py`.
     """
-    model = task.backbone.model
-    merge = merge and not quantization(model)
+    merge, difference = merge and not quantization(task.backbone.model), ""
     with phase(f"loading {adapter.path}" + ", and merging it" * merge):
         adapter_file.load(task.backbone, adapter)
-        keys = {path: tuple(linear.lora) for path, linear in attached.adapted_linears(model).items()}
-        problem = other_update(model, keys) if merge else ""
-        if merge and not problem:
-            merging.bake(model)
-    if problem:
-        print(printable(f"warning: {problem}, so the adapter is not merged, and the hook predicts"), flush=True)
+        try:
+            if merge:
+                merging.bake(task.backbone.model)
+        except OtherUpdateError as error:
+            difference = error.difference
+    if difference:
+        print(printable(f"warning: {difference}, so the adapter is not merged, and the hook predicts"), flush=True)
     weights.cast_once(task.backbone, precision)
     if adapter.task.get("name") == task.name:
         task.load_metadata(adapter.task)

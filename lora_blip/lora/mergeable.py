@@ -15,6 +15,17 @@ from lora_blip.lora.formula import adds_delta
 from lora_blip.lora.sites import is_quantized, modules_of, name_of, refuse_meta
 
 
+class OtherUpdateError(LoRAError):
+    """A user has edited `forward` of a class, or the hook, and not `delta_weight`, or the other way round.
+
+    difference: the text about it, without the effect and the fix.
+    """
+
+    def __init__(self, difference: str) -> None:
+        super().__init__(f"{difference}, so a merge would change the results; change both, or use the adapter unmerged")
+        self.difference = difference
+
+
 def check_mergeable(model: nn.Module, keys: Mapping[str, Collection[str]]) -> None:
     """Raise LoRAError, with the module, if an update cannot be written into a weight. keys: {path: keys in its stack}."""
     modules = modules_of(model)
@@ -27,25 +38,18 @@ def check_mergeable(model: nn.Module, keys: Mapping[str, Collection[str]]) -> No
                 f"{path!r} shares the memory of its weight with {other!r}: a merge would change both. "
                 "Use the adapter unmerged, or give it its own weight: linear.weight = nn.Parameter(linear.weight.clone())"
             )
-    if problem := other_update(model, keys):
-        raise LoRAError(f"{problem}, so a merge would change the results; change both, or use the adapter unmerged")
-
-
-def other_update(model: nn.Module, keys: Mapping[str, Collection[str]]) -> str:
-    """Return how the hooks differ from ΔW x, or "" if they add ΔW x. keys: {path: keys in its stack}.
-
-    They differ if a user has edited `forward` of a class, or the hook, and not `delta_weight`, or the other way round.
-    """
-    modules: Mapping[str, Any] = modules_of(model)
     for path, own in keys.items():
-        for key in own:
-            if not adds_delta(modules[path], key):
-                kind = type(modules[path].lora[key]).__name__
-                return (
-                    f"`forward` and `delta_weight` of {kind} differ: the hook of adapter {name_of(key)!r} on {path!r} adds "
-                    "something other than ΔW x"
-                )
-    return ""
+        _check_update(path, modules[path], own)
+
+
+def _check_update(path: str, linear: Any, keys: Collection[str]) -> None:
+    """Raise OtherUpdateError if the hook of an adapter adds something other than ΔW x."""
+    for key in keys:
+        if not adds_delta(linear, key):
+            raise OtherUpdateError(
+                f"`forward` and `delta_weight` of {type(linear.lora[key]).__name__} differ: the hook of adapter "
+                f"{name_of(key)!r} on {path!r} adds something other than ΔW x"
+            )
 
 
 def check_stored(path: str, linear: Any, effect: str = "the original weight cannot be put back; first") -> None:

@@ -28,6 +28,19 @@ def require_annotations(source: str | Path, setting: str = "annotations") -> Non
         raise missing_annotations(source, setting)
 
 
+def paths_of(source: str) -> list[Path]:
+    """Return the paths of a setting that names a file or folder, or several, separated by commas."""
+    return [Path(source)] if exists(Path(source)) else [Path(part.strip()) for part in source.split(",") if part.strip()]
+
+
+def exists(path: Path) -> bool:
+    """Return True if a path exists. One that is too long for a file name, such as several names, does not exist."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # ValueError: a NUL character
+        return False
+
+
 def missing_annotations(source: str | Path, setting: str = "annotations") -> DataError:
     """Return the error for annotations that do not exist. setting: the one that names them."""
     if not str(source):

@@ -59,7 +59,7 @@ class Run:
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
         self.images, self.earlier = 0, learner.progress.step  # images since the last logged step; steps of earlier processes
         self.last_scores: dict[str, Any] = {}  # scores of the last validation, and its step
-        self.data_digest = source_digest(config.annotations)
+        self.data_digest = source_digest(config.annotations) if self.main else ""
         self.data_changed = False  # True: before a resume, the run had other training lines
         self.rescored = False  # True: scores from before a resume cannot be compared with the current ones
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step

@@ -10,8 +10,7 @@ from tqdm import tqdm  # comes with transformers
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.lora import merging
-from lora_blip.lora.attached import adapted_linears
-from lora_blip.lora.mergeable import other_update
+from lora_blip.lora.mergeable import OtherUpdateError
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.progress import track
@@ -89,12 +88,13 @@ def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str,
     after an edit of `layer.py`.
     """
     model = task.backbone.model.eval()
-    if problem := other_update(model, {path: tuple(linear.lora) for path, linear in adapted_linears(model).items()}):
-        tqdm.write(f"warning: {problem}, so predictions do not merge this adapter")
-        return {}
     with uncompiled(model), autocast():
         hooked = task.logits(batch).float()
-        merging.merge(model)
+        try:
+            merging.merge(model)
+        except OtherUpdateError as error:
+            tqdm.write(f"warning: {error.difference}, so predictions do not merge this adapter")
+            return {}
         try:
             merged = task.logits(batch).float()
         finally:  # also restore after an error, such as out of memory

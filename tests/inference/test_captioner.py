@@ -27,7 +27,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageSequence
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.image_utils import SizeDict
 from transformers.initialization import no_tie_weights
 
@@ -47,6 +46,7 @@ from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.tasks.verification_record import is_verified
+from tests.lora.test_edited_forward import with_relu
 from tests.support import tiny
 from tests.support.api import ROOT, make_workplace, save_adapter
 from tests.support.models import carry, inject
@@ -530,12 +530,8 @@ def test_an_adapter_predicts_what_infer_writes(workplace, monkeypatch):
 def test_an_adapter_whose_forward_was_edited_predicts_with_it(workplace, monkeypatch, capsys, fast):
     """Before, `infer`, `evaluate` and `Captioner` merged ΔW without a warning: the texts of an update that was not trained."""
 
-    def forward(lora: Any, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(x.to(lora.A.dtype), lora.A).relu(), lora.B) * lora.scale
-        return F.pad(update, lora.padding)
-
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(LoRA, "forward", forward)
+    monkeypatch.setattr(LoRA, "forward", with_relu)
     images = sorted(str(path) for path in Path("image_test").iterdir())[:4]
     expected = Captioner.from_adapter("adapter1", merge=False, fast=False)(images)
     capsys.readouterr()

@@ -19,7 +19,7 @@ from lora_blip.lora.fused import is_product
 from lora_blip.lora.header import HeaderError
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
-from lora_blip.lora.variants import CLASSES, EXTRA, RsLoRA
+from lora_blip.lora.variants import CLASSES, EXTRA, DoRA, RsLoRA
 
 ORIGINAL, HOOK = LoRA.forward, layer.lora_hook
 
@@ -195,3 +195,43 @@ def test_a_file_of_peft_lacks_a_parameter_of_the_class_here(monkeypatch, make, t
     monkeypatch.setitem(EXTRA, "lora", ("gate",))
     with pytest.raises(AdapterError, match="it lacks gate, which the class of lora here has"):
         adapter_file.read(path)
+
+
+UNMERGEABLE: dict[str, tuple[type[LoRA], str, Any]] = {
+    "a ReLU between A and B": (LoRA, "forward", with_relu),
+    "a forward with twice the update": (LoRA, "forward", lambda lora, x, of=LoRA.forward: 2 * of(lora, x)),
+    "a ΔW of twice the size": (LoRA, "delta_weight", lambda lora, rows=None, of=LoRA.delta_weight: 2 * of(lora, rows)),
+    "a DoRA with twice the update": (DoRA, "update", lambda lora, *args, of=DoRA.update: 2 * of(lora, *args)),
+    "a DoRA with a ReLU": (LoRA, "forward", with_relu),
+}
+
+
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("edit", UNMERGEABLE)
+def test_an_edit_of_the_forward_alone_is_not_merged(edit, dtype, write, monkeypatch):
+    """Before, the merge wrote ΔW, and the predictions were those of an update that was not trained."""
+    kind, method, changed = UNMERGEABLE[edit]
+    monkeypatch.setattr(kind, method, changed)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6)).to(dtype)
+    sites = [Site("0", 2, 3.0, "q", (2, 5)), Site("1", 2, 3.0)]
+    sites = [replace(site, variant="dora") for site in sites] if "DoRA" in edit else sites
+    loras = injection.inject(model, sites)
+    loras["1"].B.data.normal_()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        LoRAError, match=rf"of {'DoRA' if 'DoRA' in edit else 'LoRA'} differ.* adds something other than ΔW x, so a merge"
+    ):
+        write(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("rows", [None, (0, 3), (2, 5), (100, 200)])
+def test_the_check_of_an_update_uses_no_dropout_and_leaves_the_mode_and_the_random_state(variant, rows):
+    model = nn.Sequential(nn.Linear(6, 200, bias=False)).train()
+    (lora,) = injection.inject(model, [Site("0", 2, 3.0, "q" if rows else "", rows, variant)], dropout=0.5).values()
+    lora.B.data.normal_()
+    state = torch.get_rng_state()
+    merging.merge(model)
+    assert lora.training and lora.dropout == 0.5 and torch.equal(torch.get_rng_state(), state)

@@ -1,7 +1,6 @@
 """A merge writes all updates or raises one error that names the module, before any weight has changed."""
 
 import copy
-import dataclasses
 import inspect
 import itertools
 import math
@@ -18,10 +17,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.kernels.linear import QuickLinear, can_bypass
 from lora_blip.lora import adapter_file, attached, fused, injection, merging
-from lora_blip.lora.layer import LoRA
 from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.lora.sites import Site, modules_of
-from lora_blip.lora.variants import DoRA
 from lora_blip.models import weights
 
 
@@ -731,48 +728,3 @@ def test_a_model_on_the_meta_device_raises_lora_error(tmp_path):
         with pytest.raises(LoRAError, match=r"'0' is on the meta device.*load"):
             operation()
     assert not attached.names(bare)
-
-
-def with_relu(lora: LoRA, x: torch.Tensor) -> torch.Tensor:
-    update = nn.functional.linear(nn.functional.linear(x.to(lora.A.dtype), lora.A).relu(), lora.B) * lora.scale
-    return nn.functional.pad(update, lora.padding)
-
-
-EDITS: dict[str, tuple[type[LoRA], str, Any]] = {
-    "a ReLU between A and B": (LoRA, "forward", with_relu),
-    "a forward with twice the update": (LoRA, "forward", lambda lora, x, of=LoRA.forward: 2 * of(lora, x)),
-    "a ΔW of twice the size": (LoRA, "delta_weight", lambda lora, rows=None, of=LoRA.delta_weight: 2 * of(lora, rows)),
-    "a DoRA with twice the update": (DoRA, "update", lambda lora, *args, of=DoRA.update: 2 * of(lora, *args)),
-    "a DoRA with a ReLU": (LoRA, "forward", with_relu),
-}
-
-
-@pytest.mark.parametrize("write", [merging.merge, merging.bake])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_of_the_forward_alone_is_not_merged(edit, dtype, write, monkeypatch):
-    """Before, the merge wrote ΔW, and the predictions were those of an update that was not trained."""
-    kind, method, changed = EDITS[edit]
-    monkeypatch.setattr(kind, method, changed)
-    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6)).to(dtype)
-    sites = [Site("0", 2, 3.0, "q", (2, 5)), Site("1", 2, 3.0)]
-    sites = [dataclasses.replace(site, variant="dora") for site in sites] if "DoRA" in edit else sites
-    loras = injection.inject(model, sites)
-    loras["1"].B.data.normal_()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        LoRAError, match=rf"of {'DoRA' if 'DoRA' in edit else 'LoRA'} differ.* adds something other than ΔW x, so a merge"
-    ):
-        write(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
-@pytest.mark.parametrize("rows", [None, (0, 3), (2, 5), (100, 200)])
-def test_the_check_of_an_update_uses_no_dropout_and_leaves_the_mode_and_the_random_state(variant, rows):
-    model = nn.Sequential(nn.Linear(6, 200, bias=False)).train()
-    (lora,) = injection.inject(model, [Site("0", 2, 3.0, "q" if rows else "", rows, variant)], dropout=0.5).values()
-    lora.B.data.normal_()
-    state = torch.get_rng_state()
-    merging.merge(model)
-    assert lora.training and lora.dropout == 0.5 and torch.equal(torch.get_rng_state(), state)

@@ -46,7 +46,7 @@ from lora_blip.data.summary import source_line
 from lora_blip.data.tables import table_delimiter
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
-from lora_blip.runtime.user_paths import suggestion
+from lora_blip.runtime.user_paths import exists, paths_of, suggestion
 
 USER_FORMATS = ("jsonl", "tsv", "csv", "xlsx", "folder")  # the user wrote the file and can fix it; other files are downloaded
 PUBLISHED = ("vqa", "karpathy", "flickr8k", "flickr30k", "textcaps")  # data sets whose downloads may lack images
@@ -135,8 +135,8 @@ def find_sources(
     template: the caption of each image of a folder; {class} becomes the name of its folder, and {name} the name of its file.
     flag: the flag of the command that gives the source, for the messages.
     """
-    paths = [Path(source)] if _exists(Path(source)) else [Path(part.strip()) for part in source.split(",") if part.strip()]
-    if missing := [path for path in paths if not _exists(path)]:
+    paths = paths_of(source)
+    if missing := [path for path in paths if not exists(path)]:
         raise DataError(
             f"source {str(missing[0])!r} does not exist; {suggestion(missing[0])}give a file, several files separated by "
             f"commas, or a folder: {flag} captions.csv"
@@ -241,13 +241,6 @@ def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Itera
             yield at, entry
             continue
         yield from (converted(at, entry) if needs_conversion(entry) else several(at, entry))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a file name, such as several files separated by commas
-        return False
 
 
 def _files_in(folder: Path, requested: str, flag: str) -> list[Path]:
